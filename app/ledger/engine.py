@@ -1,0 +1,93 @@
+"""One pool of connections to Postgres a process. `reserved` is told after COMMIT, so every session commits durably."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from sqlalchemy import text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from app.errors import CannotStart
+from app.settings import Settings
+
+CONNECT_WITHIN_S = 5.0  # a healthy server answers in milliseconds; longer means that it is not there
+POOL_WAIT_S = 5.0  # a caller that finds every connection busy is told so, instead of piling up
+POSTGRES_LEAST = 15
+
+
+def driver_url(database_url: str) -> URL:
+    """`postgresql://…` as people and `urls.json` write it → what SQLAlchemy hands to asyncpg.
+
+    libpq's `sslmode` becomes asyncpg's `ssl`; other parameters pass. CannotStart: not a Postgres address.
+    """
+    scheme, rest = database_url.partition("://")[::2]
+    if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not rest:
+        raise CannotStart("FAIRDROP_DATABASE_URL must look like postgresql://user:password@host:port/name")
+    parts = urlsplit(f"postgresql+asyncpg://{rest}")
+    query = [("ssl" if name == "sslmode" else name, value) for name, value in parse_qsl(parts.query)]
+    try:
+        return make_url(urlunsplit(parts._replace(query=urlencode(query))))
+    except (ArgumentError, ValueError) as error:
+        raise CannotStart(
+            "FAIRDROP_DATABASE_URL must look like postgresql://user:password@host:port/name"
+        ) from error
+
+
+def create_engine(settings: Settings, *, name: str = "fairdrop", pool: int | None = None) -> AsyncEngine:
+    """An engine with at most `pool` (default `database_pool`) connections; nothing is connected yet.
+
+    Every statement has `database_deadline_s`, on both sides: the server gives up too, so that a worker which
+    vanished cannot hold rows. A connection that died while idle is replaced before it is used.
+    """
+    size = pool or settings.database_pool
+    return _engine(
+        driver_url(settings.database_url),
+        size=size,
+        deadline_s=settings.database_deadline_s,
+        server_settings={"application_name": name},
+    )
+
+
+def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[str, str]) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        pool_size=size,
+        max_overflow=0,
+        pool_timeout=POOL_WAIT_S,
+        pool_pre_ping=True,
+        pool_recycle=1800,
+        connect_args={
+            "timeout": CONNECT_WITHIN_S,
+            "command_timeout": deadline_s,
+            "server_settings": {
+                "statement_timeout": str(int(deadline_s * 1000)),
+                "lock_timeout": str(int(deadline_s * 1000)),
+                "idle_in_transaction_session_timeout": "60000",
+                "synchronous_commit": "on",
+                "timezone": "UTC",
+                **server_settings,
+            },
+        },
+    )
+
+
+async def ping(conn: AsyncConnection) -> None:
+    """One round trip; raises what is wrong."""
+    await conn.execute(text("SELECT 1"))
+
+
+async def check_server(conn: AsyncConnection) -> str:
+    """The server's version, as a word for people. CannotStart: it is too old."""
+    number = int((await conn.execute(text("SHOW server_version_num"))).scalar_one())
+    if number // 10_000 < POSTGRES_LEAST:
+        raise CannotStart(f"Postgres {POSTGRES_LEAST} or newer is needed; this one is {number // 10_000}")
+    return f"Postgres {number // 10_000}.{number % 10_000}"
+
+
+async def durability(conn: AsyncConnection) -> str:
+    """What a failover of Postgres keeps: "local" (this server's disk) or the names of synchronous standbys."""
+    names = str((await conn.execute(text("SHOW synchronous_standby_names"))).scalar_one())
+    return names or "local"
