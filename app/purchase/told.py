@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 
 # payment_attempt.state -> payment.state of api.md. `sent` is `ready` only once the link is stored.
 _PAYMENT_STATE = {
+    "wanted": "starting",  # waits until the attempt before it is closed at the supplier
     "created": "starting",
     "sent": "starting",
     "unknown": "unknown",
