@@ -1,0 +1,61 @@
+"""Every Redis key, spelled in one place. One sale = one hash tag = one shard.
+
+The key map with types, writers and readers is lua/README.md; formats of values are documented there.
+"""
+
+from __future__ import annotations
+
+import re
+
+FORMAT = 1  # version of key layout, stream entries and status values; release N reads N and N-1
+
+SALES = "fairdrop:sales"  # hash: sale id -> JSON {"state_version": int}; which sales a front door must watch
+PROVIDERS = "fairdrop:providers"  # hash: provider -> JSON breaker state, written by workers once a second
+PROVIDER_MODES = "fairdrop:provider_modes"  # hash: provider -> auto|forced_open|disabled|metrics_only
+ADVICE = "fairdrop:advice"  # hash: sale id -> reason of a slowdown, shown on the board
+GROUP = "workers"  # consumer group of `orders` and `asks`
+
+
+class SaleKeys:
+    """The keys of one sale. Strings are built once; item keys on demand."""
+
+    __slots__ = ("asks", "buyers", "contact", "orders", "prefix", "sale", "status", "stock")
+
+    def __init__(self, sale_id: str) -> None:
+        self.prefix = p = f"{{sale:{sale_id}}}:"
+        self.sale = p + "sale"
+        self.stock = p + "stock"
+        self.buyers = p + "buyers"
+        self.orders = p + "orders"
+        self.asks = p + "asks"
+        self.status = p + "status"
+        self.contact = p + "contact"
+
+    def item(self, sku: str) -> str:
+        return f"{self.prefix}item:{sku}"
+
+    def line(self, sku: str) -> str:
+        return f"{self.prefix}line:{sku}"
+
+    def outcome(self, sku: str) -> str:
+        return f"{self.prefix}outcome:{sku}"
+
+    def drawn(self, sku: str) -> str:
+        """Ticket hashes of the early joiners, 10 bytes each, in seq order: what the draw is over."""
+        return f"{self.prefix}drawn:{sku}"
+
+    def left(self, sku: str) -> str:
+        """List of seqs that left while waiting: front doors follow its tail, so that `left` is shown without a poll read."""
+        return f"{self.prefix}left:{sku}"
+
+    def rate(self, what: str, who: str) -> str:
+        """GCRA state (string, expires by itself)."""
+        return f"{self.prefix}rate:{what}:{who}"
+
+
+# The leaked-key check of the tests: a key that matches none of these was made by mistake.
+KNOWN = re.compile(
+    r"fairdrop:(sales|providers|provider_modes|advice)"
+    r"|\{sale:[a-z0-9][a-z0-9-]{0,47}\}:"
+    r"(sale|stock|buyers|orders|asks|status|contact|(item|line|outcome|drawn|left):[A-Za-z0-9._-]{1,64}|rate:[a-z_]+:.+)"
+)
