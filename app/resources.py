@@ -1,0 +1,27 @@
+"""Where the files are that are not Python: in a checkout beside `app/`, in an installed wheel inside it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@cache
+def _folder(in_wheel: str, in_checkout: str) -> Path:
+    """The packed folder if this is an installed wheel, else the checkout's. Neither: the installation is broken."""
+    for folder in (_PACKAGE / in_wheel, _PACKAGE.parent / in_checkout):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{in_checkout}/ is missing beside {_PACKAGE}: this installation is incomplete")
+
+
+def lua_dir() -> Path:
+    """The folder of the Redis scripts, one operation a file."""
+    return _folder("_lua", "lua")
+
+
+def migrations_dir() -> Path:
+    """The folder of the Alembic migrations (env.py and versions/)."""
+    return _folder("_migrations", "migrations")

