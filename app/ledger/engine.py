@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+import asyncpg
 from sqlalchemy import text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from app.errors import CannotStart
@@ -91,3 +93,45 @@ async def durability(conn: AsyncConnection) -> str:
     """What a failover of Postgres keeps: "local" (this server's disk) or the names of synchronous standbys."""
     names = str((await conn.execute(text("SHOW synchronous_standby_names"))).scalar_one())
     return names or "local"
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """Postgres' five-letter word for what went wrong, also behind SQLAlchemy's wrapping; None: not Postgres' answer."""
+    for found in (
+        error,
+        getattr(error, "orig", None),
+        getattr(getattr(error, "orig", None), "__cause__", None),
+    ):
+        state = getattr(found, "sqlstate", None)
+        if isinstance(state, str):
+            return state
+    return None
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same statements may succeed later: no server, no connection, a deadlock, a deadline.
+
+    After a lost connection the transaction may have been committed: repeat only what looks first.
+    """
+    state = sqlstate_of(error)
+    if state is not None:
+        # 08 connection, 40 rollback (deadlock, serialization), 53 resources, 55P03 lock deadline, 57 intervention,
+        # 58 system, 25P03/25006 session ended or read-only: none says anything about the rows.
+        return state[:2] in ("08", "25", "40", "53", "57", "58") or state == "55P03"
+    inner = getattr(error, "orig", None)
+    if isinstance(error, asyncpg.DataError) or isinstance(inner, asyncpg.DataError):
+        return False  # the client could not encode a value; by class it is an InterfaceError too
+    return isinstance(
+        error,
+        (
+            OSError,
+            TimeoutError,
+            asyncpg.InterfaceError,
+            asyncpg.InternalClientError,
+            PoolTimeout,
+            InvalidatePoolError,
+        ),
+    ) or (
+        isinstance(error, DBAPIError)
+        and (error.connection_invalidated or isinstance(error, (InterfaceError, OperationalError)))
+    )

@@ -87,7 +87,7 @@ def _refuse_unknown(connection: Connection, scripts: ScriptDirectory) -> str | N
             scripts.get_revision(current)
         except RevisionError as error:
             raise CannotStart(
-                f"the database has migration {current}, which this release does not know: it belongs to a newer fairdrop"
+                f"the database has migration {current}, which this release does not know: a newer fairdrop made it"
             ) from error
     return current
 

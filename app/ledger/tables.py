@@ -1,6 +1,6 @@
 """The tables of Postgres, the arbiter. Migrations create exactly these; a test compares the two.
 
-Money is `*_minor` (integer minor units) with `currency`. Times are `timestamptz` in `*_at` / `*_by`, by Postgres' clock.
+Money is `*_minor` (integer minor units) with `currency`. Times are `timestamptz`, `*_at` / `*_by`, by Postgres' clock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sale = sa.Table(
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("title", sa.Text, nullable=False),
-    # draft -> scheduled -> open <-> paused -> closed -> settled; line_open and sold_out are computed from times and stock
+    # draft -> scheduled -> open <-> paused -> closed -> settled; line_open and sold_out are computed
     sa.Column("state", sa.Text, nullable=False, server_default="draft"),
     sa.Column(
         "version", sa.BigInteger, nullable=False, server_default="1"

@@ -1,0 +1,421 @@
+# ruff: noqa: S608 - what is put into the SQL text are constants of this module; every value is a parameter
+"""Orders: who owns what. Every step is guarded by the state it leaves, and writes its event, SMS and outbox rows itself.
+
+Each function runs in the caller's transaction and takes row locks in one order: purchase_order, then item, then outbox.
+A step that the state guard refuses returns None and changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b32hexencode
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.ledger import events, outbox
+
+Row = dict[str, Any]
+
+ORDER_NO_BYTES = 15  # 120 bits are 24 signs; a collision among 10^9 orders of a sale has odds of 10^-18
+SMS_TTL_S = 900  # as settings.sms_ttl_s: an SMS that is later than this helps nobody
+
+COLUMNS = (
+    "order_no, sale, sku, buyer_id, epoch, seq, units, amount_minor, currency, state, version, reason, leaving,"
+    " claimed_at, reserved_at, pay_within_s, pay_by, paid_at, ended_at, contact, generation"
+)
+
+
+def order_no(sale: str, epoch: int, sku: str, seq: int, buyer_id: str) -> str:
+    """The order number of a claim, 24 of [0-9A-V]: the same claim always has the same one, so a redelivery is seen."""
+    named = f"{sale}\0{epoch}\0{sku}\0{seq}\0{buyer_id}".encode("utf-8", "surrogateescape")
+    return b32hexencode(hashlib.blake2b(named, digest_size=ORDER_NO_BYTES).digest()).decode("ascii")
+
+
+def byte_of(row: Mapping[str, Any]) -> str:
+    """The ticket's byte in Redis that goes with an order's state."""
+    match row["state"]:
+        case "reserved":
+            return "r"
+        case "paid" | "refunding":
+            return "p"
+        case "expired":
+            return "e"
+        case "cancelled":
+            return "l" if row["reason"] == "left" else "k"
+        case "refunded":
+            return "f"
+        case other:
+            raise ValueError(f"unknown order state {other!r}")
+
+
+def event_data(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` of an order's events."""
+    return {
+        "order_no": row["order_no"],
+        "sale": row["sale"],
+        "sku": row["sku"],
+        "buyer_id": row["buyer_id"],
+        "units": row["units"],
+        "amount_minor": row["amount_minor"],
+        "currency": row["currency"],
+        "state": row["state"],
+        "reason": row["reason"],
+    }
+
+
+# Reading
+
+
+async def get(conn: AsyncConnection, number: str) -> Row | None:
+    """The order, without a lock."""
+    found = await conn.execute(
+        text(f"SELECT {COLUMNS} FROM purchase_order WHERE order_no = :order_no"), {"order_no": number}
+    )
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def lock(conn: AsyncConnection, number: str) -> Row | None:
+    """The order; nobody else changes it until the caller's transaction ends."""
+    found = await conn.execute(
+        text(f"SELECT {COLUMNS} FROM purchase_order WHERE order_no = :order_no FOR UPDATE"),
+        {"order_no": number},
+    )
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def many(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, Row]:
+    """Those of these orders that exist, by number."""
+    found = await conn.execute(
+        text(f"SELECT {COLUMNS} FROM purchase_order WHERE order_no = ANY(CAST(:numbers AS text[]))"),
+        {"numbers": list(numbers)},
+    )
+    return {row["order_no"]: dict(row) for row in found.mappings()}
+
+
+async def lines(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, list[Row]]:
+    """The order lines and adjustments of these orders, each list in line order."""
+    found = await conn.execute(
+        text(
+            "SELECT order_no, line_no, kind, sku, title, units, unit_minor, amount_minor FROM order_line"
+            " WHERE order_no = ANY(CAST(:numbers AS text[])) ORDER BY order_no, line_no"
+        ),
+        {"numbers": list(numbers)},
+    )
+    grouped: dict[str, list[Row]] = defaultdict(list)
+    for row in found.mappings():
+        grouped[row["order_no"]].append(dict(row))
+    return grouped
+
+
+async def live_of_buyers(conn: AsyncConnection, sale: str, buyers: Sequence[str]) -> dict[str, str]:
+    """buyer_id → order_no of the live order, for those who have one in this sale."""
+    found = await conn.execute(
+        text(
+            "SELECT buyer_id, order_no FROM purchase_order WHERE sale = :sale"
+            " AND buyer_id = ANY(CAST(:buyers AS text[])) AND state IN ('reserved', 'paid')"
+        ),
+        {"sale": sale, "buyers": list(buyers)},
+    )
+    return {row.buyer_id: row.order_no for row in found}
+
+
+async def contacts_of_ended(conn: AsyncConnection, sale: str, buyers: Sequence[str]) -> dict[str, bytes]:
+    """buyer_id → sealed contact of an ended order of this sale: what a buyer who comes back has told us before."""
+    found = await conn.execute(
+        text(
+            "SELECT DISTINCT ON (buyer_id) buyer_id, contact FROM purchase_order WHERE sale = :sale"
+            " AND buyer_id = ANY(CAST(:buyers AS text[])) AND state IN ('expired', 'cancelled', 'refunded')"
+            " AND contact IS NOT NULL ORDER BY buyer_id, reserved_at DESC"
+        ),
+        {"sale": sale, "buyers": list(buyers)},
+    )
+    return {row.buyer_id: bytes(row.contact) for row in found}
+
+
+async def page(
+    conn: AsyncConnection, sale: str, state: str | None, after: tuple[str, int, int] | None, limit: int
+) -> list[Row]:
+    """Orders of a sale by (sku, epoch, seq), behind `after`: the cursor of lists and CSV."""
+    sku, epoch, seq = after or ("", 0, 0)
+    found = await conn.execute(
+        text(
+            f"SELECT {COLUMNS} FROM purchase_order WHERE sale = :sale AND (sku, epoch, seq) > (:sku, :epoch, :seq)"
+            " AND (CAST(:state AS text) IS NULL OR state = :state) ORDER BY sku, epoch, seq LIMIT :limit"
+        ),
+        {"sale": sale, "sku": sku, "epoch": epoch, "seq": seq, "state": state, "limit": limit},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+# Steps
+
+
+async def bump(conn: AsyncConnection, number: str) -> Row | None:
+    """The buyer is shown the order and its payment as they are now (version + 1, and a mark on its way)."""
+    row = await _one(conn, "version = version + 1", "TRUE", order_no=number)
+    if row is not None:
+        await _mark(conn, row)
+    return row
+
+
+async def start_deadline(conn: AsyncConnection, number: str) -> Row | None:
+    """The payment deadline starts now, by Postgres' clock, unless it has started before."""
+    return await _one(
+        conn,
+        "pay_by = now() + make_interval(secs => pay_within_s), version = version + 1",
+        "state = 'reserved' AND pay_by IS NULL",
+        order_no=number,
+    )
+
+
+async def start_overdue_deadlines(conn: AsyncConnection, link_wait_max_s: int, limit: int) -> list[str]:
+    """Orders that got no payment link within `link_wait_max_s`: their deadline starts all the same. Returns numbers."""
+    found = await conn.execute(
+        text(
+            "UPDATE purchase_order SET pay_by = now() + make_interval(secs => pay_within_s), version = version + 1"
+            " WHERE order_no IN (SELECT order_no FROM purchase_order WHERE state = 'reserved' AND pay_by IS NULL"
+            " AND reserved_at < now() - make_interval(secs => :wait) LIMIT :limit FOR UPDATE SKIP LOCKED)"
+            f" RETURNING {COLUMNS}"
+        ),
+        {"wait": float(link_wait_max_s), "limit": limit},
+    )
+    rows = [dict(row) for row in found.mappings()]
+    for row in rows:
+        await _mark(conn, row)
+    return [row["order_no"] for row in rows]
+
+
+async def lease_unpaid(conn: AsyncConnection, limit: int, lease_s: float) -> list[tuple[str, int]]:
+    """Take up to `limit` orders whose deadline has passed, for `lease_s`: (order_no, generation)."""
+    found = await conn.execute(
+        text(
+            "UPDATE purchase_order SET leased_until = now() + make_interval(secs => :lease_s),"
+            " generation = generation + 1 WHERE order_no IN (SELECT order_no FROM purchase_order"
+            " WHERE state = 'reserved' AND pay_by <= now()"
+            " AND (leased_until IS NULL OR leased_until < now()) ORDER BY pay_by LIMIT :limit FOR UPDATE SKIP LOCKED)"
+            " RETURNING order_no, generation"
+        ),
+        {"limit": limit, "lease_s": float(lease_s)},
+    )
+    return [(row.order_no, row.generation) for row in found]
+
+
+async def lease_leaving(conn: AsyncConnection, limit: int, lease_s: float) -> list[tuple[str, int]]:
+    """Take up to `limit` orders whose buyers asked to leave and whose payment is not cleared yet."""
+    found = await conn.execute(
+        text(
+            "UPDATE purchase_order SET leased_until = now() + make_interval(secs => :lease_s),"
+            " generation = generation + 1 WHERE order_no IN (SELECT order_no FROM purchase_order"
+            " WHERE state = 'reserved' AND leaving"
+            " AND (leased_until IS NULL OR leased_until < now()) LIMIT :limit FOR UPDATE SKIP LOCKED)"
+            " RETURNING order_no, generation"
+        ),
+        {"limit": limit, "lease_s": float(lease_s)},
+    )
+    return [(row.order_no, row.generation) for row in found]
+
+
+async def postpone(conn: AsyncConnection, number: str, generation: int, wait_s: float) -> None:
+    """Look at a leased order again after `wait_s` (its payment is unknown)."""
+    await conn.execute(
+        text(
+            "UPDATE purchase_order SET leased_until = now() + make_interval(secs => :wait_s)"
+            " WHERE order_no = :order_no AND generation = :generation"
+        ),
+        {"order_no": number, "generation": generation, "wait_s": wait_s},
+    )
+
+
+async def ask_to_leave(conn: AsyncConnection, number: str) -> Row | None:
+    """The buyer wants out: the order is cancelled as soon as no payment can arrive.
+
+    None: it is not reserved, or leaving already.
+    """
+    row = await _one(
+        conn, "leaving = TRUE, version = version + 1", "state = 'reserved' AND NOT leaving", order_no=number
+    )
+    if row is not None:
+        await _mark(conn, row)
+    return row
+
+
+async def expire(conn: AsyncConnection, number: str, generation: int) -> Row | None:
+    """The unpaid order ends and its units go back, if Postgres' clock says so and the lease holds."""
+    row = await _one(
+        conn,
+        "state = 'expired', reason = 'unpaid', ended_at = now(), version = version + 1, leased_until = NULL",
+        "state = 'reserved' AND pay_by <= now() AND generation = :generation",
+        order_no=number,
+        generation=generation,
+    )
+    if row is not None:
+        await _ended(conn, row, "order.expired", "expired", "e")
+    return row
+
+
+async def cancel(
+    conn: AsyncConnection, number: str, reason: str, generation: int | None = None
+) -> Row | None:
+    """The reserved order ends before payment and its units go back. reason: left, operator, …"""
+    row = await _one(
+        conn,
+        "state = 'cancelled', reason = :reason, ended_at = now(), version = version + 1, leased_until = NULL",
+        "state = 'reserved' AND (CAST(:generation AS bigint) IS NULL OR generation = :generation)",
+        order_no=number,
+        reason=reason,
+        generation=generation,
+    )
+    if row is not None:
+        await _ended(conn, row, "order.cancelled", "cancelled", byte_of(row))
+    return row
+
+
+async def pay(conn: AsyncConnection, number: str) -> Row | None:
+    """The reserved order is paid: its units are sold."""
+    row = await _one(
+        conn,
+        "state = 'paid', paid_at = now(), version = version + 1, leaving = FALSE, leased_until = NULL",
+        "state = 'reserved'",
+        order_no=number,
+    )
+    if row is not None:
+        await _move(conn, row, "reserved = reserved - :units, sold = sold + :units")
+        await _told(conn, row, "order.paid", "paid")
+        await _mark(conn, row)
+    return row
+
+
+async def revive(conn: AsyncConnection, number: str) -> Row | None:
+    """An ended order is paid by late money; the caller has taken its units again in Redis (or they never went back).
+
+    IntegrityError, and the caller rolls back: the buyer has another live order, or Postgres has no unit left.
+    """
+    row = await _one(
+        conn,
+        "state = 'paid', paid_at = now(), ended_at = NULL, reason = 'late_money', version = version + 1",
+        "state IN ('expired', 'cancelled')",
+        order_no=number,
+    )
+    if row is not None:
+        await _move(conn, row, "sold = sold + :units")
+        await _told(conn, row, "order.paid", "paid")
+        await _mark(conn, row)
+    return row
+
+
+async def begin_refund(conn: AsyncConnection, number: str) -> Row | None:
+    """The paid order's money is on its way back; the units stay sold until it is."""
+    row = await _one(conn, "state = 'refunding', version = version + 1", "state = 'paid'", order_no=number)
+    if row is not None:
+        await _mark(conn, row)
+    return row
+
+
+async def finish_refund(conn: AsyncConnection, number: str, *, restock: bool) -> Row | None:
+    """The money is back. restock: the units of a paid order go back into the sale; else they stay out of it.
+
+    Of an expired or cancelled order (late money) only the state changes: its units went back when it ended.
+    """
+    before = await lock(conn, number)
+    if before is None or before["state"] not in ("paid", "refunding", "expired", "cancelled"):
+        return None
+    row = await _one(
+        conn, "state = 'refunded', ended_at = now(), version = version + 1", "TRUE", order_no=number
+    )
+    if row is None:
+        return None
+    await _told(conn, row, "order.refunded", "refunded")
+    if restock and before["state"] in ("paid", "refunding"):
+        await _move(conn, row, "sold = sold - :units")
+        await outbox.put(conn, "release", row["sale"], row["epoch"], _units(row, "f"), number)
+    else:
+        await _mark(conn, row)
+    return row
+
+
+async def add_adjustment(conn: AsyncConnection, number: str, title: str, amount_minor: int) -> Row | None:
+    """A further line changes what a reserved order costs; the amount stays the sum of its lines."""
+    before = await lock(conn, number)
+    if before is None or before["state"] != "reserved":
+        return None
+    await conn.execute(
+        text(
+            "INSERT INTO order_line (order_no, line_no, kind, sku, title, units, unit_minor, amount_minor)"
+            " SELECT :order_no, coalesce(max(line_no), 0) + 1, 'adjustment', NULL, :title, 1,"
+            " CAST(:amount AS bigint), CAST(:amount AS bigint) FROM order_line WHERE order_no = :order_no"
+        ),
+        {"order_no": number, "title": title, "amount": amount_minor},
+    )
+    row = await _one(
+        conn,
+        "amount_minor = amount_minor + CAST(:amount AS bigint), version = version + 1",
+        "state = 'reserved'",
+        order_no=number,
+        amount=amount_minor,
+    )
+    if row is not None:
+        await _mark(conn, row)
+    return row
+
+
+async def _one(conn: AsyncConnection, sets: str, guard: str, **values: Any) -> Row | None:
+    found = await conn.execute(
+        text(f"UPDATE purchase_order SET {sets} WHERE order_no = :order_no AND {guard} RETURNING {COLUMNS}"),
+        values,
+    )
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def _move(conn: AsyncConnection, row: Mapping[str, Any], sets: str) -> None:
+    """Counters of the item. No epoch guard: these units are counted in Postgres whatever Redis was lost since."""
+    await conn.execute(
+        text(f"UPDATE item SET {sets} WHERE sale = :sale AND sku = :sku"),
+        {"sale": row["sale"], "sku": row["sku"], "units": row["units"]},
+    )
+
+
+def _units(row: Mapping[str, Any], to: str) -> dict[str, Any]:
+    return {"sku": row["sku"], "seq": row["seq"], "units": row["units"], "to": to}
+
+
+async def _mark(conn: AsyncConnection, row: Mapping[str, Any]) -> None:
+    payload = {"sku": row["sku"], "seq": row["seq"]}
+    await outbox.put(conn, "mark", row["sale"], row["epoch"], payload, row["order_no"])
+
+
+async def _ended(conn: AsyncConnection, row: Mapping[str, Any], event: str, template: str, to: str) -> None:
+    await _move(conn, row, "reserved = reserved - :units")
+    await _told(conn, row, event, template)
+    await outbox.put(conn, "release", row["sale"], row["epoch"], _units(row, to), row["order_no"])
+
+
+async def _told(
+    conn: AsyncConnection,
+    row: Mapping[str, Any],
+    event: str,
+    template: str,
+) -> None:
+    """The event for the shop and, where the buyer left a contact, the SMS."""
+    await events.put(conn, event, row["sale"], row["version"], event_data(row), row["order_no"])
+    if row["contact"] is not None:
+        await conn.execute(
+            text(
+                "INSERT INTO sms (id, order_no, sale, template, state, expires_at)"
+                " VALUES (:id, :order_no, :sale, :template, 'due', now() + make_interval(secs => :ttl))"
+                " ON CONFLICT (order_no, template) DO NOTHING"
+            ),
+            {
+                "id": f"{row['order_no']}-{template}",
+                "order_no": row["order_no"],
+                "sale": row["sale"],
+                "template": template,
+                "ttl": float(SMS_TTL_S),
+            },
+        )
