@@ -1,7 +1,7 @@
 """A crowd of simulated buyers who do over HTTP what people do on their phones, and remember what they were told.
 
-Used by `fairdrop demo`. It knows the contract only (buyers' HTTP API): no store, no script, no internal name. What every
-buyer was told is kept, so that afterwards the shop's books can be compared with the buyers' memories.
+Used by `fairdrop demo`. It knows the contract only (buyers' HTTP API): no store, no script, no internal name. What
+every buyer was told is kept, so that afterwards the shop's books can be compared with the buyers' memories.
 
 One process drives some thousand buyers beside the servers on two cores, so the client is lean: keep-alive connections
 shared by all buyers (a browser would hold one each; the servers cannot tell), one parser in C (httptools), no cookies,
@@ -106,11 +106,14 @@ class _Wire(asyncio.Protocol):
 class Wires:
     """Keep-alive connections to one server, shared by everyone who asks it something."""
 
-    def __init__(self, url: str, *, connections_max: int = CONNECTIONS_MAX) -> None:
+    def __init__(
+        self, url: str, *, connections_max: int = CONNECTIONS_MAX, deadline_s: float = REQUEST_DEADLINE_S
+    ) -> None:
         parts = urlsplit(url)
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or 80
         self._head = f" HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n".encode()
+        self._deadline_s = deadline_s
         self._idle: list[_Wire] = []
         self._places = asyncio.Semaphore(connections_max)
 
@@ -139,13 +142,13 @@ class Wires:
         async with self._places:
             wire: _Wire | None = None
             try:
-                async with asyncio.timeout(REQUEST_DEADLINE_S):
+                async with asyncio.timeout(self._deadline_s):
                     wire = await self._wire()
                     answer = await wire.ask(request, asyncio.get_running_loop())
             except TimeoutError as error:
                 if wire is not None:
                     wire.close()
-                raise Unknown(f"no answer within {REQUEST_DEADLINE_S:.0f} s: {method} {path}") from error
+                raise Unknown(f"no answer within {self._deadline_s:.0f} s: {method} {path}") from error
             except BaseException:
                 if wire is not None:
                     wire.close()
@@ -401,7 +404,7 @@ class Crowd:
             await self._repeat("POST", f"/v1/tickets/{buyer.ticket}/payment", headers, body)
 
     async def _pay(self, buyer: Buyer) -> None:
-        """Open the supplier's page and confirm, as a person would. The supplier may well fail: then it is tried later."""
+        """Open the supplier's page and confirm, as a person would. The supplier may fail: then it is tried later."""
         assert buyer.pay_url is not None
         parts = urlsplit(buyer.pay_url)
         origin = f"{parts.scheme}://{parts.netloc}"

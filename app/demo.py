@@ -5,8 +5,8 @@ lets the crowd of app/crowd.py in, and closes the books: what every buyer was to
 office shows, and the office's own audit is printed. Exit status 0: everything promised was kept. 1: something was not.
 2: it could not start.
 
-The one thing that differs from a real sale is the hurry: a buyer has seconds to pay, not minutes. That needs
-FAIRDROP_PAY_WITHIN_MIN_S, which production refuses.
+The one thing that differs from a real sale is the hurry: a buyer has seconds to pay, not minutes. Only an office in
+development accepts such a sale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,7 +43,6 @@ from app.embedded import launch_command
 from app.errors import CannotStart, FairdropError
 
 PAY_WITHIN_S = 6  # long enough for the slowest honest buyer of the crowd, short enough to see units come back
-POLL_MAX_MS = 2_500  # a standby winner must hear of the unit well before PAY_WITHIN_S is over
 FREEZE_S = 1  # between the last early joiner and the opening
 WAVES_S = 24.0  # after the opening: time for some three waves of unpaid units to come back and be sold again
 SETTLE_WITHIN_S = 25.0  # after closing: the last deadlines, refunds and SMS
@@ -55,6 +54,10 @@ CURRENCY = "CNY"
 
 
 # --- the servers -----------------------------------------------------------------------------------------------------
+
+
+# A standby winner must hear of the unit well before PAY_WITHIN_S is over.
+HURRIED = {"FAIRDROP_POLL_MAX_MS": "2500", "FAIRDROP_EXPIRE_EVERY_MS": "200"}
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,13 @@ class Urls:
 class Servers:
     """`fairdrop up` as a child process on free ports, in a data directory of its own."""
 
-    def __init__(self, data_dir: Path, front_workers: int = 1) -> None:
+    def __init__(
+        self, data_dir: Path, front_workers: int = 1, environment: Mapping[str, str] = HURRIED
+    ) -> None:
         self.data_dir = data_dir
         self.log_path = data_dir / "demo-up.log"
         self._front_workers = front_workers
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> Urls:
@@ -96,18 +102,13 @@ class Servers:
         for name in ("front", "office", "worker", "sandbox"):
             command += [f"--{name}-port", "0"]
         command += ["--front-workers", str(self._front_workers)]
-        environment = os.environ | {
-            "FAIRDROP_PAY_WITHIN_MIN_S": str(PAY_WITHIN_S),
-            "FAIRDROP_POLL_MAX_MS": str(POLL_MAX_MS),
-            "FAIRDROP_EXPIRE_EVERY_MS": "200",
-        }
         with self.log_path.open("wb") as log:
             process = subprocess.Popen(
                 launch_command(command, signal.SIGTERM),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=os.environ | dict(self._environment),
                 start_new_session=True,
             )
         self._process = process
@@ -515,7 +516,7 @@ async def watching(crowd: Crowd, desk: Desk, sale: str, view: View) -> AsyncIter
 
 
 async def _settled(desk: Desk, sale: str) -> None:
-    """Wait until no order is live and unpaid and no hand-off is under way; the audit tells if it never comes to that."""
+    """Wait until no order waits for money or refund and the audit agrees; if it never does, the audit will tell."""
     deadline = time.monotonic() + SETTLE_WITHIN_S
     while time.monotonic() < deadline:
         orders = await desk.orders(sale)

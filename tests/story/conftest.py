@@ -1,0 +1,52 @@
+"""One running `fairdrop up` for all stories of a pytest process; every story holds a sale of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.demo import Servers, Urls
+from tests.story.people import Buyer, Operator
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
+    folder: Path = tmp_path_factory.mktemp("story-up")
+    if os.geteuid() == 0:
+        # The stores run as another account and must pass through.
+        for path in (folder, folder.parent, folder.parent.parent):
+            path.chmod(0o711)
+    servers = Servers(folder, environment={"FAIRDROP_EXPIRE_EVERY_MS": "100", "FAIRDROP_POLL_MAX_MS": "1000"})
+    try:
+        yield asyncio.run(servers.start())
+    finally:
+        servers.stop()
+
+
+@dataclass
+class Town:
+    """Where the story takes place: one shop with its operator, and buyers who come and go."""
+
+    urls: Urls
+    operator: Operator
+    clients: list[httpx.AsyncClient]
+
+    def buyer(self, name: str, sale: str) -> Buyer:
+        buyer = Buyer(self.urls.front, name, sale)
+        self.clients.append(buyer.http)
+        return buyer
+
+
+@pytest.fixture
+async def town(running: Urls) -> AsyncIterator[Town]:
+    operator = Operator(running.office, running.operator_key)
+    clients = [operator.http]
+    yield Town(running, operator, clients)
+    for client in clients:
+        await client.aclose()
