@@ -57,7 +57,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """When to trip and how to come back. Times in ms, rates in percent."""
 
     failure_rate: float = 50.0  # resilience4j's default
-    slow_rate: float = 80.0  # a supplier that answers four of five calls slowly holds as many places as a dead one
+    slow_rate: float = (
+        80.0  # a supplier that answers four of five calls slowly holds as many places as a dead one
+    )
     slow_ms: int = 3_000
     window: Literal["count", "time"] = "time"
     window_calls: int = 100  # of a count window
@@ -217,7 +219,9 @@ class Breaker:
         self._mode: Mode = "auto"
         self._state = State.CLOSED
         self._since_ms = clock_ms()
-        self._until_ms = 0  # of an open state: when half-open may begin; of half-open: when it has waited too long
+        self._until_ms = (
+            0  # of an open state: when half-open may begin; of half-open: when it has waited too long
+        )
         self._openings = 0  # in a row, without a recovery in between
         self._generation = 0
         self._serial = 0
@@ -230,7 +234,7 @@ class Breaker:
         self.late_count = 0  # results that came too late to count
         self.ignored_count = 0
 
-    # -- what callers do ------------------------------------------------------------------------------------------
+    # -- what callers do
 
     def take(self) -> Permit | Stop:
         """A permit for one call, or the reason why not. In half-open at most `probes_max` are out or decided."""
@@ -286,14 +290,14 @@ class Breaker:
             else:
                 self._move(State.CLOSED, now, "recovered")
 
-    # -- what operators do ----------------------------------------------------------------------------------------
+    # -- what operators do
 
     @property
     def mode(self) -> Mode:
         return self._mode
 
     def set_mode(self, mode: Mode) -> None:
-        """Override the breaker, or give it back its own will (`auto` starts closed and knows nothing). Same mode: nothing."""
+        """Override the breaker, or give it back its own will (`auto`: closed, knowing nothing). The same mode: nothing."""
         if mode == self._mode:
             return
         self._mode = mode
@@ -322,7 +326,7 @@ class Breaker:
     def counts(self) -> Counts:
         return self._window.counts(self._clock())
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- inside
 
     def _calls_min(self) -> int:
         rules = self.rules

@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     hooks_port: int = Field(0, description="TCP port of a listener of its own for supplier call-backs; 0: the office serves them")
     worker_host: str = Field("127.0.0.1", description="address")
     worker_port: int = Field(8082, description="TCP port of probes and metrics, 0 = any")
+    sandbox_host: str = Field("127.0.0.1", description="address")
     sandbox_port: int = Field(8083, description="TCP port of the sandbox supplier, 0 = any")
     server: Literal["uvicorn", "granian"] = Field("uvicorn", description="ASGI server of the front")
     drain_s: float = Field(5.0, ge=0, description="s of serving on after SIGTERM, with /readyz saying draining")
@@ -75,6 +76,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
     otlp_endpoint: str = Field("", description="OpenTelemetry collector (OTLP over HTTP); empty: off")
+
+    # connections
+    listen_backlog: int = Field(
+        4_096, ge=64, description="connections the kernel keeps until they are accepted (it may cap this: somaxconn)"
+    )
+    keep_alive_s: float = Field(30.0, gt=0, description="s an idle connection stays open; longer than a poll interval")
+    head_max_bytes: int = Field(16_384, ge=1_024, description="bytes of request line and headers; more is 431")
+    head_within_s: float = Field(10.0, gt=0, description="s a client may take to send request line and headers")
+    close_within_s: float = Field(5.0, ge=0, description="s that requests under way get when a process stops")
 
     # the front door's limits
     body_max_bytes: int = Field(16_384, description="bytes; larger bodies are 413")
@@ -118,6 +128,7 @@ class Settings(BaseSettings):
     payment_provider: str = Field("sandbox", description="payment supplier")
     sms_provider: str = Field("sandbox", description="SMS supplier")
     sandbox_url: str = Field("http://127.0.0.1:8083", description="address of the sandbox supplier")
+    sandbox_public_url: str = Field("", description="where buyers reach the sandbox's pay page; empty: sandbox_url")
     sandbox_secret: SecretStr = Field(SecretStr(""), description="secret that signs the sandbox's webhooks and our requests to it")
     provider_deadline_s: float = Field(5.0, description="s; one call to a supplier")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")

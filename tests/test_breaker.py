@@ -116,14 +116,22 @@ def test_jitter_spreads_the_interval(rand: float, open_for: int) -> None:
     assert events[-1].open_for_ms == open_for
 
 
-def test_the_interval_grows_with_each_failed_recovery_up_to_its_maximum_and_starts_anew_after_a_good_one() -> None:
+def test_the_interval_grows_with_each_failed_recovery_up_to_its_maximum_and_starts_anew_after_a_good_one() -> (
+    None
+):
     clock = Clock()
     breaker, events = make(clock, open_ms=100, open_growth=3, open_max_ms=1_000, probes_max=1, calls_min=1)
     trip(breaker, clock)
     for _ in range(4):
         clock.ms += 1_000
         one(breaker, clock, F)
-    assert [event.open_for_ms for event in events if event.after is State.OPEN] == [100, 300, 900, 1_000, 1_000]
+    assert [event.open_for_ms for event in events if event.after is State.OPEN] == [
+        100,
+        300,
+        900,
+        1_000,
+        1_000,
+    ]
     clock.ms += 1_000
     one(breaker, clock, S)
     assert breaker.state is State.CLOSED
@@ -141,7 +149,8 @@ def test_half_open_decides_by_its_own_window() -> None:
             assert breaker.state in (State.OPEN, State.HALF_OPEN)
             one(breaker, clock, {"S": S, "F": F}[letter])
         assert breaker.state is after
-    assert events[-1].why == "failure_rate" and events[-1].counts == Counts(4, 2, 0)
+    assert events[-1].why == "failure_rate"
+    assert events[-1].counts == Counts(4, 2, 0)
 
 
 def test_slow_probes_open_again() -> None:
@@ -151,7 +160,8 @@ def test_slow_probes_open_again() -> None:
     clock.ms += 10
     one(breaker, clock, S, 101)
     one(breaker, clock, S, 101)
-    assert events[-1].why == "slow_rate" and breaker.state is State.OPEN
+    assert events[-1].why == "slow_rate"
+    assert breaker.state is State.OPEN
 
 
 def test_half_open_never_has_more_than_the_permitted_probes_out_or_decided() -> None:
@@ -161,7 +171,8 @@ def test_half_open_never_has_more_than_the_permitted_probes_out_or_decided() -> 
     clock.ms += 10
     permits = [breaker.take() for _ in range(10)]
     assert [type(permit) for permit in permits] == [Permit] * 3 + [Stop] * 7
-    assert isinstance(permits[0], Permit) and isinstance(permits[1], Permit)
+    assert isinstance(permits[0], Permit)
+    assert isinstance(permits[1], Permit)
     breaker.settle(permits[0], S)
     assert isinstance(breaker.take(), Stop)  # decided probes keep their place
     breaker.settle(permits[1], I)
@@ -177,7 +188,8 @@ def test_a_result_counts_once() -> None:
     assert isinstance(permit, Permit)
     breaker.settle(permit, S)
     breaker.settle(permit, S)
-    assert breaker.state is State.HALF_OPEN and breaker.late_count == 1
+    assert breaker.state is State.HALF_OPEN
+    assert breaker.late_count == 1
 
 
 def test_a_result_of_an_older_generation_changes_nothing() -> None:
@@ -190,16 +202,23 @@ def test_a_result_of_an_older_generation_changes_nothing() -> None:
     probe = breaker.take()
     assert isinstance(probe, Permit)
     breaker.settle(old, F)
-    assert breaker.state is State.HALF_OPEN and breaker.counts() == Counts()
+    assert breaker.state is State.HALF_OPEN
+    assert breaker.counts() == Counts()
     breaker.settle(probe, S)
     assert breaker.state is State.CLOSED
     breaker.settle(old, F)
     breaker.settle(probe, F)
-    assert breaker.state is State.CLOSED and breaker.counts() == Counts() and breaker.late_count == 3
+    assert breaker.state is State.CLOSED
+    assert breaker.counts() == Counts()
+    assert breaker.late_count == 3
 
 
-@pytest.mark.parametrize(("ms", "free", "counted"), [(499, False, True), (500, True, False), (501, True, False)])
-def test_a_probe_that_never_comes_back_is_forgotten_after_its_lease(ms: int, free: bool, counted: bool) -> None:
+@pytest.mark.parametrize(
+    ("ms", "free", "counted"), [(499, False, True), (500, True, False), (501, True, False)]
+)
+def test_a_probe_that_never_comes_back_is_forgotten_after_its_lease(
+    ms: int, free: bool, counted: bool
+) -> None:
     clock = Clock()
     breaker, _ = make(clock, calls_min=1, probes_max=1, open_ms=10, lease_ms=500)
     trip(breaker, clock)
@@ -226,7 +245,8 @@ def test_half_open_that_waits_too_long_opens_again_for_longer(ms: int, state: St
     clock.ms += ms
     assert breaker.state is state
     if state is State.OPEN:
-        assert events[-1].why == "half_open_too_long" and events[-1].open_for_ms == 200
+        assert events[-1].why == "half_open_too_long"
+        assert events[-1].open_for_ms == 200
         assert breaker.retry_in_ms() == 200 - (ms - 700)  # counted from when the wait was over
         breaker.settle(probe, S)
         assert breaker.state is State.OPEN
@@ -251,10 +271,12 @@ def test_forced_open_stops_all_and_auto_starts_afresh() -> None:
     one(breaker, clock, F)
     breaker.set_mode("forced_open")
     breaker.set_mode("forced_open")
-    assert isinstance(breaker.take(), Stop) and breaker.retry_in_ms() > 0
+    assert isinstance(breaker.take(), Stop)
+    assert breaker.retry_in_ms() > 0
     breaker.settle(permit, F)
     breaker.set_mode("auto")
-    assert breaker.state is State.CLOSED and breaker.counts() == Counts()
+    assert breaker.state is State.CLOSED
+    assert breaker.counts() == Counts()
     assert [(event.before, event.after, event.why) for event in events] == [
         (State.CLOSED, State.FORCED_OPEN, "operator"),
         (State.FORCED_OPEN, State.CLOSED, "operator"),
@@ -266,10 +288,12 @@ def test_disabled_passes_all_and_counts_nothing_metrics_only_counts_but_never_tr
     breaker, _ = make(clock, calls_min=1)
     breaker.set_mode("disabled")
     assert all(one(breaker, clock, F) for _ in range(50))
-    assert breaker.counts() == Counts() and breaker.state is State.DISABLED
+    assert breaker.counts() == Counts()
+    assert breaker.state is State.DISABLED
     breaker.set_mode("metrics_only")
     assert all(one(breaker, clock, F) for _ in range(50))
-    assert breaker.counts() == Counts(50, 50, 0) and breaker.state is State.METRICS_ONLY
+    assert breaker.counts() == Counts(50, 50, 0)
+    assert breaker.state is State.METRICS_ONLY
 
 
 def test_events_carry_counts_and_the_last_error_and_history_is_bounded() -> None:
@@ -282,7 +306,8 @@ def test_events_carry_counts_and_the_last_error_and_history_is_bounded() -> None
         clock.ms += 1_000
         one(breaker, clock, S)
         trip(breaker, clock)
-    assert len(breaker.history) == 3 and len(events) == 16
+    assert len(breaker.history) == 3
+    assert len(events) == 16
 
 
 @pytest.mark.parametrize(
@@ -321,7 +346,8 @@ async def test_ten_thousand_callers_at_once_never_exceed_the_probes() -> None:
     tasks = [asyncio.create_task(caller(number)) for number in range(10_000)]
     for _ in range(5):
         await asyncio.sleep(0)
-    assert passed == 7 and breaker.state is State.HALF_OPEN
+    assert passed == 7
+    assert breaker.state is State.HALF_OPEN
     for task in tasks[:3]:
         task.cancel()
     gate.set()
@@ -329,7 +355,7 @@ async def test_ten_thousand_callers_at_once_never_exceed_the_probes() -> None:
     assert peak == 7
 
 
-# -- against a model ----------------------------------------------------------------------------------------------------
+# -- against a model
 
 
 @given(st.lists(st.tuples(st.integers(0, 700), st.booleans(), st.booleans()), max_size=60), st.integers(1, 6))
@@ -396,7 +422,9 @@ class Model:
                 size = min(self.rules.calls_min, self.rules.window_calls)
             else:
                 bucket = self.rules.bucket_ms
-                facts = [f for f in facts if self.now // bucket - f[0] // bucket < self.rules.window_ms // bucket]
+                facts = [
+                    f for f in facts if self.now // bucket - f[0] // bucket < self.rules.window_ms // bucket
+                ]
                 size = self.rules.calls_min
         if len(facts) < size or self.state not in ("closed", "half_open"):
             return
@@ -427,7 +455,9 @@ RULES = st.builds(
     lease_ms=st.sampled_from([60, 250, 10_000]),
 )
 STEP = st.one_of(
-    st.tuples(st.just("wait"), st.sampled_from([1, 49, 50, 51, 99, 100, 101, 149, 150, 151, 249, 250, 251, 1_000])),
+    st.tuples(
+        st.just("wait"), st.sampled_from([1, 49, 50, 51, 99, 100, 101, 149, 150, 151, 249, 250, 251, 1_000])
+    ),
     st.tuples(st.just("take"), st.just(0)),
     st.tuples(st.sampled_from(["success", "failure", "ignored"]), st.integers(0, 7)),
     st.tuples(st.just("mode"), st.sampled_from(["auto", "auto", "forced_open", "disabled", "metrics_only"])),

@@ -1,0 +1,202 @@
+"""What a payment supplier must be able to do. One adapter a supplier; calls go through `guard.GuardedPayment`.
+
+Every call carries our own id (attempt, refund): the idempotency key. The same id twice is one payment, one refund.
+Adapters keep no state between calls and never repeat a call by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import Any, Literal, Protocol
+
+from app.providers.answer import Answer
+
+LinkKind = Literal["redirect", "qr", "sdk"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkWanted:
+    """A payment to be made possible. amount in minor units; the link must be dead at `expires_at`, never later."""
+
+    attempt_id: str
+    order_no: str
+    amount_minor: int
+    currency: str
+    title: str
+    channel: str
+    expires_at: datetime
+    return_url: str | None = None
+    payer: Mapping[str, Any] | None = None
+    notify_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Where the buyer pays. url for redirect and qr, params for an SDK. expires_at: as the supplier says."""
+
+    provider_ref: str | None
+    kind: LinkKind
+    url: str | None
+    params: Mapping[str, Any] | None
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRef:
+    """Names one attempt to the supplier: our id always, theirs when known."""
+
+    attempt_id: str
+    order_no: str
+    provider_ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """Money that arrived, as the supplier states it. `provider_ref` is unique for each capture at this supplier."""
+
+    provider_ref: str
+    attempt_id: str
+    order_no: str
+    amount_minor: int
+    currency: str
+    captured_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payment:
+    """How an attempt stands at the supplier. absent: never heard of. captured is set if and only if state is paid."""
+
+    state: Literal["waiting", "paid", "declined", "closed", "absent"]
+    captured: Captured | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefundWanted:
+    refund_id: str
+    order_no: str
+    attempt_id: str | None
+    capture_ref: str
+    amount_minor: int
+    currency: str
+    captured_minor: int  # WeChat Pay wants the total beside the part
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefundState:
+    """done: the money is on its way back for good. pending: accepted, ask again. absent: never heard of."""
+
+    state: Literal["done", "pending", "absent"]
+    provider_ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BillLine:
+    """One line of a supplier's day: what reconcile compares with our captures and refunds."""
+
+    kind: Literal["capture", "refund"]
+    provider_ref: str
+    our_id: str
+    order_no: str
+    amount_minor: int
+    currency: str
+    at: datetime
+
+
+# -- what a call-back says, after its signature was verified on the raw bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookPaid:
+    event_id: str
+    captured: Captured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookDeclined:
+    event_id: str
+    attempt_id: str
+    order_no: str
+    code: str
+    final: bool  # True: this link is dead; False: the buyer may try again on the same page
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookClosed:
+    event_id: str
+    attempt_id: str
+    order_no: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookRefunded:
+    event_id: str
+    refund_id: str
+    provider_ref: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookOther:
+    """Verified, but says nothing that we act on: acknowledge it."""
+
+    event_id: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class HookForged:
+    """Not to be believed: bad signature, foreign merchant, outside the time window, malformed. Change nothing."""
+
+    code: str
+
+
+Hook = HookPaid | HookDeclined | HookClosed | HookRefunded | HookOther | HookForged
+
+
+@dataclass(frozen=True, slots=True)
+class HookAnswer:
+    """What the supplier is answered. Only a 2xx stops its redelivery."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class PaymentProvider(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    async def create(self, wanted: LinkWanted) -> Answer[Link]:
+        """Make a payment possible. Refused("closed"): this attempt id was closed before. Idempotent by attempt id."""
+
+    async def query(self, ref: AttemptRef) -> Answer[Payment]:
+        """How an attempt stands. Changes nothing."""
+
+    async def close(self, ref: AttemptRef) -> Answer[Payment]:
+        """Make sure that an attempt can never be paid from now on.
+
+        Done with state closed or declined; absent: never heard of, and refused from now on; paid: too late, with the
+        capture.
+        """
+
+    async def refund(self, wanted: RefundWanted) -> Answer[RefundState]:
+        """Give money back. Idempotent by refund id."""
+
+    async def refund_query(self, refund_id: str) -> Answer[RefundState]:
+        """How a refund stands. Changes nothing."""
+
+    async def bill(self, day: date) -> Answer[Sequence[BillLine]]:
+        """Every capture and refund of one UTC day."""
+
+    def read_hook(self, headers: Mapping[str, str], raw_body: bytes, now: datetime) -> Hook:
+        """Verify a call-back on its raw bytes and say what it means. headers: names in lower case. No I/O."""
+
+    def hook_reply(self, ok: bool) -> HookAnswer:
+        """The supplier's own word for "understood" or "again, please"."""
+
+    async def aclose(self) -> None: ...
