@@ -1,0 +1,93 @@
+"""Joins of many buyers become few script calls: whoever arrives while a call is under way rides in the next one.
+
+No timers: an idle process sends at once. A batch is of one item of one epoch; its answers are values of app.scripts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from app.batcher import Batcher, Full
+from app.errors import Refusal
+from app.problems import refuse
+from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.scripts import Gone, JoinAnswer, Joined, Old, Scripts
+from app.settings import Settings
+
+# (buyer_id, units, again, ticket hash): one buyer's wish as line_join takes it
+Wish = tuple[bytes, int, bool, bytes]
+Reply = JoinAnswer | Old | Gone
+
+
+class Claims:
+    """Gives buyers their places. One for a process; a batch queue for each item, none for a waiting buyer."""
+
+    def __init__(self, settings: Settings, scripts: Scripts, snapshots: Snapshots) -> None:
+        self._settings = settings
+        self._scripts = scripts
+        self._snapshots = snapshots
+        self._queues: dict[ItemView, Batcher[Wish, Reply]] = {}
+        self.batches = 0
+        self.joined = 0  # buyers in those batches
+
+    async def close(self) -> None:
+        queues, self._queues = list(self._queues.values()), {}
+        for queue in queues:
+            await queue.close()
+
+    def join(self, view: SaleView, item: ItemView, wish: Wish) -> asyncio.Future[Reply]:
+        """Ask for a place; the future has the answer once Redis has accepted it.
+
+        Refusal 503 `busy`: too many wait for Redis in this process. The future's errors: DidNotHappen, Unknown; the
+        same join may simply be repeated.
+        """
+        queue = self._queues.get(item)
+        if queue is None:
+            queue = self._queues[item] = self._queue(view, item)
+        try:
+            return queue.submit(wish)
+        except Full:
+            raise crowded() from None
+
+    def _queue(self, view: SaleView, item: ItemView) -> Batcher[Wish, Reply]:
+        settings = self._settings
+        return Batcher(
+            self._sender(view, item), settings.batch_max, settings.batch_in_flight_max, settings.batch_queue_max
+        )
+
+    def _sender(self, view: SaleView, item: ItemView) -> Callable[[list[Wish]], Coroutine[Any, Any, list[Reply]]]:
+        scripts, backlog_max = self._scripts, self._settings.orders_backlog_max
+
+        async def send(wishes: list[Wish]) -> list[Reply]:
+            self.batches += 1
+            self.joined += len(wishes)
+            reply = await scripts.line_join(
+                sale=view.id,
+                epoch=view.epoch,
+                sku=item.sku,
+                skus=view.skus,
+                buyers=wishes,
+                backlog_max=backlog_max,
+            )
+            if not isinstance(reply, Joined):
+                return [reply] * len(wishes)
+            # As new as it gets: what is told from the snapshot must not lag behind what this process was told itself.
+            if reply.served > item.served:
+                item.served = reply.served
+            if reply.next_seq > item.next_seq:
+                item.next_seq = reply.next_seq
+            return reply.answers  # type: ignore[return-value]  # list is invariant; nobody writes to it
+
+        return send
+
+    async def forget(self) -> None:
+        """Drop the queues of items that are no longer watched (another epoch, or the sale is gone)."""
+        known = {item for view in self._snapshots for item in view.order}
+        for item in [item for item in self._queues if item not in known]:
+            await self._queues.pop(item).close()
+
+
+def crowded() -> Refusal:
+    return refuse("busy", "Too many requests are waiting here; repeat the same request.", retry_after_s=2)

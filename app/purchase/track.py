@@ -1,0 +1,582 @@
+"""What a buyer is told at any moment: the ticket document, from arithmetic while waiting, from Redis when it matters.
+
+A poll needs no Redis call while the ticket's rank lies behind `served` and its seq is one the snapshot knows. Every
+other poll is read from Redis, many in one pipeline, so the states told never run backwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Mapping
+from hmac import compare_digest
+from typing import Any, NamedTuple
+
+import msgspec
+
+from app.batcher import Batcher, Full
+from app.errors import DidNotHappen, FairdropError, Refusal
+from app.keys import SaleKeys
+from app.problems import refuse
+from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.scripts import Link
+from app.settings import Settings
+from app.states import STATE_OF, TicketState
+from app.tokens import Keyring, Ticket
+
+READ_BATCH_MAX = 256  # tickets in one pipeline
+READS_IN_FLIGHT_MAX = 2
+POLLS_PER_S = 5_000  # polls that a whole line may make in a second, roughly: the longer the line, the rarer each poll
+ETA_PARTS = 3  # a buyer polls about this often before the expected turn
+CLAIMED_POLL_MS = 700  # the order is being written: usually done within one poll
+RESERVED_POLL_MS = 3_000
+STARTING_POLL_MS = 1_000  # a payment link is on its way
+REFUNDING_POLL_MS = 5_000
+OPENING_SPREAD_MIN_MS = 1_500  # polls just after the opening are spread over at least this long
+CLOSE_MARGIN_MS = 1_000  # around closes_ms only Redis' clock decides: ours may be ahead of a claim in the last moment
+UNSETTLED_POLL_MS = 1_500  # open, but not drawn yet: the beacon is awaited
+
+_ENDED = frozenset(
+    {
+        TicketState.SOLD_OUT,
+        TicketState.CLOSED,
+        TicketState.LEFT,
+        TicketState.EXPIRED,
+        TicketState.CANCELLED,
+        TicketState.REFUNDED,
+        TicketState.LAPSED,
+    }
+)
+_WORDS = {byte: state.value.encode() for byte, state in STATE_OF.items()}
+_ENDED_BYTES = frozenset(byte for byte, state in STATE_OF.items() if state in _ENDED)
+
+_DOC = (
+    b'{"ticket":"%b","ticket_id":"%b",%b,"units":%d,"state":"%b","leaving":%b,"seq":%d,"rank":%b,"ahead":%b,'
+    b'"standby":%b,"eta_s":%b,"now_ms":%d,"poll_after_ms":%b,"message":%b,"reason":%b,"order":%b,"payment":%b}'
+)
+_BOOL = (b"false", b"true")
+
+
+class Status(msgspec.Struct):
+    """The JSON part of a `status` value (app/purchase/told.py writes it)."""
+
+    order: msgspec.Raw = msgspec.Raw(b"null")
+    payment: msgspec.Raw = msgspec.Raw(b"null")
+    leaving: bool = False
+    reason: str | None = None
+
+
+class _State(msgspec.Struct):
+    state: str = "none"
+    channel: str | None = None
+    kind: str | None = None
+    expires_at: str | None = None
+
+
+_status_of = msgspec.json.Decoder(Status).decode
+_state_of = msgspec.json.Decoder(_State).decode
+
+
+class Look(NamedTuple):
+    """A ticket to read from Redis."""
+
+    keys: SaleKeys
+    sku: str
+    epoch: int
+    seq: int
+
+
+class Seen(NamedTuple):
+    """A ticket as Redis has it. byte: effective state. ask: `leave|…` or `pay|…` under way."""
+
+    byte: bytes
+    served: int
+    next_seq: int
+    status: Status | None
+    ask: bytes
+
+    @property
+    def payment(self) -> _State:
+        return _state_of(self.status.payment) if self.status and self.status.payment != b"null" else _State()
+
+    @property
+    def order_state(self) -> str:
+        return _state_of(self.status.order).state if self.status and self.status.order != b"null" else ""
+
+
+class Told(NamedTuple):
+    """An answer about a ticket: the document; what must be the same for nothing to have changed; when to ask again."""
+
+    body: bytes
+    key: bytes
+    poll_after_ms: int | None
+
+    @property
+    def ended(self) -> bool:
+        return self.poll_after_ms is None
+
+
+def ticket_id_of(ticket: Ticket) -> bytes:
+    """The id that a buyer finds in /draw/entries."""
+    return b"%d-%b" % (ticket.seq, ticket.ticket_hash.hex().encode())
+
+
+class Tracker:
+    """Makes ticket documents. One for a process; keeps nothing for a waiting buyer."""
+
+    def __init__(self, settings: Settings, link: Link, ring: Keyring, snapshots: Snapshots) -> None:
+        self._link = link
+        self._ring = ring
+        self._snapshots = snapshots
+        self._poll_min_ms = settings.poll_min_ms
+        self._poll_max_ms = settings.poll_max_ms
+        self._reads: Batcher[Look, Seen | None] = Batcher(
+            self._read, READ_BATCH_MAX, READS_IN_FLIGHT_MAX, settings.batch_queue_max
+        )
+        self.read_count = 0  # tickets read from Redis
+        self.read_batches = 0
+
+    async def close(self) -> None:
+        await self._reads.close()
+
+    # --- finding -----------------------------------------------------------------------------------------------------
+
+    def find(self, token: str) -> tuple[Ticket, SaleView, ItemView]:
+        """The ticket that a token names, and what is known of its sale.
+
+        Refusal 404 `no_such_ticket`: forged, bent, or of no sale here; nobody can tell which. 503 `busy`: not known now.
+        """
+        ticket = self._ring.ticket_read(token)
+        if ticket is None:
+            raise refuse("no_such_ticket")
+        view = self._snapshots.get(ticket.sale)
+        if view is None:
+            raise refuse("no_such_ticket") if self._snapshots.fresh else stale()
+        if ticket.item >= len(view.order):
+            raise refuse("no_such_ticket")
+        return ticket, view, view.order[ticket.item]
+
+    def owns(self, ticket: Ticket, item: ItemView, buyer_id: bytes) -> bool:
+        """Whether the ticket is this buyer's: told from the token alone."""
+        return compare_digest(self._ring.ticket_hash(ticket.sale, item.sku, buyer_id), ticket.ticket_hash)
+
+    # --- while waiting: no Redis -------------------------------------------------------------------------------------
+
+    def told_from_snapshot(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told | None:
+        """The document of a ticket that certainly waits (or left, closed, lapsed meanwhile); None: Redis must be asked."""
+        if ticket.epoch != view.epoch:
+            return self._told_other_epoch(token, ticket, view, item)
+        seq = ticket.seq
+        if seq >= item.next_seq:
+            return None
+        rank = item.rank_of(seq)
+        if rank is None:
+            if item.served:
+                return None
+        elif rank <= item.served:
+            return None
+        now_ms = self._snapshots.now_ms()
+        if seq in item.left:
+            return self._ended(token, ticket, item, view, b"l", rank, now_ms)
+        if view.closed or now_ms >= view.closes_ms + CLOSE_MARGIN_MS:
+            return self._ended(token, ticket, item, view, b"x", rank, now_ms)
+        if now_ms >= view.closes_ms:
+            return None
+        return self._waiting(token, ticket, view, item, rank, now_ms)
+
+    def _told_other_epoch(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told | None:
+        """A ticket of an epoch that was lost with Redis has lapsed; one of a newer epoch is not known here yet."""
+        if ticket.epoch > view.epoch:
+            raise stale()
+        return self._ended(token, ticket, item, view, b"o", None, self._snapshots.now_ms())
+
+    def _waiting(
+        self, token: str, ticket: Ticket, view: SaleView, item: ItemView, rank: int | None, now_ms: int
+    ) -> Told:
+        standby = view.standby and item.units_left <= 0 and now_ms >= view.opens_ms
+        eta = b"null"
+        if rank is None:
+            rank_told = ahead_told = b"null"
+            if now_ms < view.opens_ms:
+                spread = max(OPENING_SPREAD_MIN_MS, min(self._poll_max_ms, item.waiting * 1000 // POLLS_PER_S))
+                poll_ms = view.opens_ms - now_ms + 200 + int(random.random() * spread)
+            else:
+                poll_ms = self._jittered(UNSETTLED_POLL_MS)
+        else:
+            ahead = rank - item.served - 1
+            if ahead < 0:
+                ahead = 0
+            rank_told, ahead_told = b"%d" % rank, b"%d" % ahead
+            if now_ms < view.opens_ms:
+                poll_ms = view.opens_ms - now_ms + 200 + int(random.random() * OPENING_SPREAD_MIN_MS)
+            elif standby or view.paused or item.paused:
+                poll_ms = self._jittered(self._poll_max_ms)
+            else:
+                p50, p90 = self.wait_s(view, item, ahead)
+                if p50 is None:
+                    # No rate is known: spread the polls by the line's length.
+                    poll_ms = self._jittered(max(self._poll_min_ms, item.waiting * 1000 // POLLS_PER_S))
+                else:
+                    eta = b'{"p50":%d,"p90":%d}' % (p50, p90)
+                    poll_ms = self._jittered(p50 * 1000 // ETA_PARTS)
+        body = _DOC % (
+            token.encode("ascii"),
+            ticket_id_of(ticket),
+            item.head,
+            ticket.units,
+            b"waiting",
+            b"false",
+            ticket.seq,
+            rank_told,
+            ahead_told,
+            _BOOL[standby],
+            eta,
+            now_ms,
+            b"%d" % poll_ms,
+            view.message_json,
+            b"null",
+            b"null",
+            b"null",
+        )
+        # the same while nothing but the place moves
+        return Told(body, b"w" if rank is None else b"W", poll_ms)
+
+    def wait_s(self, view: SaleView, item: ItemView, ahead: int) -> tuple[int | None, int]:
+        """Seconds until the ticket is served: (p50, p90). (None, 0) if nothing is known."""
+        fast, slow = item.p50_per_s, item.p90_per_s
+        if not fast:
+            if view.rate_milli <= 0:
+                return None, 0
+            fast = view.rate_milli / 1000
+            slow = fast / 2
+        slow = max(slow or 0.0, fast / 4)  # one empty second says little
+        return math.ceil((ahead + 1) / fast), math.ceil((ahead + 1) / slow)
+
+    def _jittered(self, wait_ms: int) -> int:
+        bounded = min(self._poll_max_ms, max(self._poll_min_ms, wait_ms))
+        return int(bounded * (0.85 + 0.3 * random.random()))
+
+    def _ended(
+        self, token: str, ticket: Ticket, item: ItemView, view: SaleView, byte: bytes, rank: int | None, now_ms: int
+    ) -> Told:
+        body = _DOC % (
+            token.encode("ascii"),
+            ticket_id_of(ticket),
+            item.head,
+            ticket.units,
+            _WORDS[byte],
+            b"false",
+            ticket.seq,
+            b"null" if rank is None else b"%d" % rank,
+            b"null",
+            b"false",
+            b"null",
+            now_ms,
+            b"null",
+            view.message_json,
+            b"null",
+            b"null",
+            b"null",
+        )
+        return Told(body, byte, None)
+
+    # --- what Redis says ---------------------------------------------------------------------------------------------
+
+    async def seen(self, view: SaleView, sku: str, seq: int) -> Seen | None:
+        """The ticket as Redis has it now, read together with others. None: the sale has another epoch or home by now.
+
+        Refusal 503 `busy`; DidNotHappen, Unknown: Redis did not answer.
+        """
+        try:
+            return await self._reads.submit(Look(view.keys, sku, view.epoch, seq))
+        except Full:
+            raise stale() from None
+
+    async def _read(self, looks: list[Look]) -> list[Seen | None]:
+        """One pipeline. Within it the item is read before the outcome: a `w` at or below dead_seq is dead for good."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for at, look in enumerate(looks):
+            groups.setdefault((look.keys.prefix, look.sku), []).append(at)
+        asked: list[tuple[Any, ...]] = [("TIME",)]
+        for places in groups.values():
+            keys, sku = looks[places[0]].keys, looks[places[0]].sku
+            asked.append(("HMGET", keys.sale, "epoch", "home", "closed", "closes_ms"))
+            asked.append(("HMGET", keys.item(sku), "served", "dead_seq", "next_seq"))
+            outcome = keys.outcome(sku)
+            fields: list[str] = []
+            for at in places:
+                seq = looks[at].seq
+                asked.append(("GETRANGE", outcome, seq - 1, seq - 1))
+                fields += (f"{sku}:{seq}", f"{sku}:{seq}:a")
+            # After the outcomes: a status found here is at least as new as the byte.
+            asked.append(("HMGET", keys.status, *fields))
+        replies = await self._link.pipeline(asked)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise DidNotHappen(f"a read was refused: {reply}")
+        self.read_count += len(looks)
+        self.read_batches += 1
+        found: list[Seen | None] = [None] * len(looks)
+        now_ms = int(replies[0][0]) * 1000 + int(replies[0][1]) // 1000
+        cursor = 1
+        for places in groups.values():
+            epoch, home, closed, closes_ms = replies[cursor]
+            served, dead_seq, next_seq = (int(value or 0) for value in replies[cursor + 1])
+            outcomes = replies[cursor + 2 : cursor + 2 + len(places)]
+            statuses = replies[cursor + 2 + len(places)]
+            cursor += 3 + len(places)
+            here = epoch is not None and (home or b"").decode() == self._link.run_id
+            over = closed == b"1" or now_ms >= int(closes_ms or 0)
+            for number, at in enumerate(places):
+                look = looks[at]
+                if not here or int(epoch) != look.epoch:
+                    continue
+                byte = outcomes[number]
+                if byte in (b"", b"\x00"):
+                    byte = b"o"
+                elif byte == b"w":
+                    if look.seq <= dead_seq:
+                        byte = b"s"
+                    elif over:
+                        byte = b"x"
+                status = None
+                raw = statuses[2 * number]
+                if raw:
+                    _, told, text = raw.split(b"|", 2)
+                    byte, status = told, _status_of(text)
+                found[at] = Seen(byte, served, next_seq, status, statuses[2 * number + 1] or b"")
+        return found
+
+    def told_from_redis(
+        self, token: str, ticket: Ticket, view: SaleView, item: ItemView, seen: Seen, mine: bool
+    ) -> Told:
+        """The document of a ticket as Redis has it. `order` and `payment` only if it is the caller's own."""
+        if seen.served > item.served:
+            item.served = seen.served
+        if seen.next_seq > item.next_seq:
+            item.next_seq = seen.next_seq
+        rank = item.rank_of(ticket.seq)
+        now_ms = self._snapshots.now_ms()
+        byte = seen.byte
+        if byte == b"w":
+            return self._waiting(token, ticket, view, item, rank, now_ms)
+        status = seen.status
+        if status is None and byte in _ENDED_BYTES:
+            return self._ended(token, ticket, item, view, byte, rank, now_ms)
+        state = STATE_OF[byte]
+        in_hand = state is TicketState.CLAIMED or state is TicketState.RESERVED
+        leaving = in_hand and (seen.ask.startswith(b"leave|") or (status is not None and status.leaving))
+        order = payment = reason = b"null"
+        poll: int | None = None
+        starting = False
+        if status is not None:
+            order, payment = bytes(status.order), bytes(status.payment)
+            reason = msgspec.json.encode(status.reason)
+            starting = seen.payment.state in ("starting", "unknown")
+        if state is TicketState.RESERVED and seen.ask.startswith(b"pay|"):
+            channel = seen.ask.split(b"|", 2)[2].decode()
+            payment = payment_starting(channel)
+            starting = True
+        if state is TicketState.CLAIMED:
+            poll = self._jittered(CLAIMED_POLL_MS)
+        elif state is TicketState.RESERVED:
+            poll = self._jittered(STARTING_POLL_MS if starting or leaving else RESERVED_POLL_MS)
+        elif seen.order_state == "refunding":
+            poll = self._jittered(REFUNDING_POLL_MS)
+        key = b"|".join((byte, _BOOL[leaving], order, payment, reason))
+        if not mine:
+            order = payment = b"null"
+        body = _DOC % (
+            token.encode("ascii"),
+            ticket_id_of(ticket),
+            item.head,
+            ticket.units,
+            _WORDS[byte],
+            _BOOL[leaving],
+            ticket.seq,
+            b"null" if rank is None else b"%d" % rank,
+            b"0" if in_hand else b"null",
+            b"false",
+            b"null",
+            now_ms,
+            b"null" if poll is None else b"%d" % poll,
+            view.message_json,
+            reason,
+            order,
+            payment,
+        )
+        return Told(body, key, poll)
+
+    def told_claimed(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
+        """The document of a ticket that was claimed this moment: no order yet."""
+        seen = Seen(b"c", item.served, item.next_seq, None, b"")
+        return self.told_from_redis(token, ticket, view, item, seen, True)
+
+    def told_joined(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
+        """The document of a ticket that has just begun to wait."""
+        return self._waiting(token, ticket, view, item, item.rank_of(ticket.seq), self._snapshots.now_ms())
+
+    async def told(self, token: str, ticket: Ticket, view: SaleView, item: ItemView, mine: bool) -> Told:
+        """The document, from wherever it is known. Refusal 503 `busy` while nothing reliable is known."""
+        if not self._snapshots.usable(view):
+            raise stale()
+        told = self.told_from_snapshot(token, ticket, view, item)
+        if told is not None:
+            return told
+        seen = await self.seen(view, item.sku, ticket.seq)
+        if seen is None:
+            raise stale()
+        return self.told_from_redis(token, ticket, view, item, seen, mine)
+
+    async def newest(self, view: SaleView, buyer_id: bytes) -> tuple[str, int, int] | None:
+        """The buyer's newest ticket of a sale: (sku, seq, units), None if there is none."""
+        reply = (await self._link.pipeline([("HGET", view.keys.buyers, buyer_id)]))[0]
+        if isinstance(reply, Exception):
+            raise DidNotHappen(f"a read was refused: {reply}")
+        if reply is None:
+            return None
+        sku, seq, units = reply.decode().rsplit(":", 2)
+        return sku, int(seq), int(units)
+
+    def token_of(self, view: SaleView, item: ItemView, seq: int, units: int, buyer_id: bytes) -> tuple[str, Ticket]:
+        """The signed ticket of a place in the line; the same for the same place, whoever makes it."""
+        ticket = Ticket(
+            view.id, view.epoch, item.position, seq, units, self._ring.ticket_hash(view.id, item.sku, buyer_id)
+        )
+        return self._ring.ticket_sign(ticket), ticket
+
+
+def payment_starting(channel: str) -> bytes:
+    """`payment` of a request that the worker has not read yet."""
+    told: Mapping[str, Any] = {
+        "channel": channel,
+        "state": "starting",
+        "kind": None,
+        "url": None,
+        "params": None,
+        "expires_at": None,
+        "code": None,
+    }
+    return msgspec.json.encode(told)
+
+
+def stale() -> Refusal:
+    """503 `busy` with a spread Retry-After: nothing reliable is known just now."""
+    return refuse("busy", "The line is not reachable just now; repeat the same request.", retry_after_s=random.randint(1, 3))
+
+
+# --- event streams ---------------------------------------------------------------------------------------------------
+
+HEARTBEAT_S = 15.0  # a comment this often keeps proxies from closing a quiet stream
+IN_HAND_EVERY_S = 0.5  # a claimed or reserved ticket is read this often
+TROUBLE_EVERY_S = 1.0
+
+
+class Watch:
+    """One open stream: what must happen for it to be looked at again."""
+
+    __slots__ = ("at_most", "item", "rank", "seq", "sleeper", "view")
+
+    def __init__(self) -> None:
+        self.view: SaleView | None = None
+        self.item: ItemView | None = None
+        self.rank: int | None = None
+        self.seq = 0
+        self.at_most = 0.0
+        self.sleeper: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self.sleeper is not None and not self.sleeper.done():
+            self.sleeper.set_result(None)
+
+
+class Streams:
+    """The open event streams of a process. One sweep a snapshot wakes those whose ticket may have changed."""
+
+    def __init__(self, settings: Settings, tracker: Tracker, snapshots: Snapshots) -> None:
+        self.tracker = tracker
+        self._snapshots = snapshots
+        self._max = settings.sse_max
+        self._open: set[Watch] = set()
+        self._draining = False
+        snapshots.on_tick.append(self.sweep)
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
+
+    def drain(self) -> None:
+        """End all streams now: their clients come back to another process."""
+        self._draining = True
+        for watch in self._open:
+            watch.wake()
+
+    def enter(self) -> Watch:
+        """A place for one more stream. Refusal 503 `busy` beyond sse_max: the client polls instead."""
+        if self._draining or len(self._open) >= self._max:
+            raise refuse("busy", "No more event streams here: poll the ticket.", retry_after_s=random.randint(2, 6))
+        watch = Watch()
+        self._open.add(watch)
+        return watch
+
+    def leave(self, watch: Watch) -> None:
+        self._open.discard(watch)
+
+    def sweep(self) -> None:
+        now = time.monotonic()
+        now_ms = self._snapshots.now_ms()
+        for watch in self._open:
+            if watch.sleeper is None or watch.sleeper.done():
+                continue
+            item, view = watch.item, watch.view
+            if now >= watch.at_most:
+                watch.wake()
+            elif item is not None and view is not None:
+                if (
+                    (item.drawn if watch.rank is None else item.served >= watch.rank)
+                    or watch.seq in item.left
+                    or view.closed
+                    or now_ms >= view.closes_ms
+                    or self._snapshots.get(view.id) is not view
+                ):
+                    watch.wake()
+
+    async def run(self, watch: Watch, token: str, ticket: Ticket, mine: bool, first: Told, send: Any) -> None:
+        """Send the document at each change, else as often as poll_after_ms, until an ended state or draining.
+
+        `send(bytes)` writes to the client. Ends by itself; the caller cancels it when the client is gone.
+        """
+        await send(b"retry: %d\n\n" % random.randint(1_000, 4_000))
+        told, key, next_at = first, b"", 0.0
+        while True:
+            now = time.monotonic()
+            if told.key != key or now >= next_at:
+                await send(b"event: ticket\ndata: %b\n\n" % told.body)
+                if told.poll_after_ms is None:
+                    return
+                key, next_at = told.key, now + told.poll_after_ms / 1000
+            if self._draining:
+                return
+            heartbeat_at = now + HEARTBEAT_S
+            waits = key in (b"w", b"W")
+            view = self._snapshots.get(ticket.sale)
+            watch.view = view if waits else None
+            if waits and view is not None:
+                watch.item = view.order[ticket.item]
+                watch.rank, watch.seq = watch.item.rank_of(ticket.seq), ticket.seq
+            watch.at_most = min(next_at, heartbeat_at) if waits else min(next_at, now + IN_HAND_EVERY_S)
+            watch.sleeper = asyncio.get_running_loop().create_future()
+            await watch.sleeper
+            try:
+                view = self._snapshots.get(ticket.sale)
+                if view is None:
+                    raise DidNotHappen("the sale is not known just now")
+                told = await self.tracker.told(token, ticket, view, view.order[ticket.item], mine)
+            except FairdropError:
+                if not self._snapshots.fresh:
+                    return  # the client comes back after `retry`, perhaps to a process that sees Redis
+                await asyncio.sleep(TROUBLE_EVERY_S)
+            if time.monotonic() >= heartbeat_at and told.key == key and time.monotonic() < next_at:
+                await send(b": still here\n\n")
