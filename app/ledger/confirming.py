@@ -239,6 +239,17 @@ def event_data(order: NewOrder) -> dict[str, Any]:
     }
 
 
+async def ticket_has_order(conn: AsyncConnection, sale: str, sku: str, epoch: int, seq: int) -> bool:
+    """Whether some order, of whatever buyer, came from this ticket number."""
+    found = await conn.execute(
+        text(
+            "SELECT 1 FROM purchase_order WHERE sale = :sale AND sku = :sku AND epoch = :epoch AND seq = :seq"
+        ),
+        {"sale": sale, "sku": sku, "epoch": epoch, "seq": seq},
+    )
+    return found.first() is not None
+
+
 async def refused(conn: AsyncConnection, order_nos: Sequence[str]) -> dict[str, str]:
     """Those of these claims that were refused before: order_no → reason."""
     found = await conn.execute(

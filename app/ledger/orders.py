@@ -221,6 +221,18 @@ async def lease_leaving(conn: AsyncConnection, limit: int, lease_s: float) -> li
     return [(row.order_no, row.generation) for row in found]
 
 
+async def overdue_s(conn: AsyncConnection, number: str) -> float:
+    """s since the deadline passed, by Postgres' clock; 0 before, or without one."""
+    found = await conn.execute(
+        text(
+            "SELECT greatest(0, CAST(extract(epoch FROM now() - pay_by) AS double precision)) FROM purchase_order"
+            " WHERE order_no = :order_no"
+        ),
+        {"order_no": number},
+    )
+    return float(found.scalar() or 0.0)
+
+
 async def postpone(conn: AsyncConnection, number: str, generation: int, wait_s: float) -> None:
     """Look at a leased order again after `wait_s` (its payment is unknown)."""
     await conn.execute(
@@ -306,6 +318,14 @@ async def revive(conn: AsyncConnection, number: str) -> Row | None:
         await _move(conn, row, "sold = sold + :units")
         await _told(conn, row, "order.paid", "paid")
         await _mark(conn, row)
+    return row
+
+
+async def release_again(conn: AsyncConnection, number: str) -> Row | None:
+    """Units that late money took again in Redis, and Postgres then refused, go back. None: the order has not ended."""
+    row = await _one(conn, "version = version + 1", "state IN ('expired', 'cancelled')", order_no=number)
+    if row is not None:
+        await outbox.put(conn, "release", row["sale"], row["epoch"], _units(row, byte_of(row)), number)
     return row
 
 

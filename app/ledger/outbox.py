@@ -118,3 +118,15 @@ async def cancel_release(conn: AsyncConnection, order_no: str) -> str:
 async def backlog(conn: AsyncConnection) -> int:
     """How many rows wait, of all sales."""
     return int((await conn.execute(text("SELECT count(*) FROM outbox WHERE state = 'due'"))).scalar_one())
+
+
+async def open_releases(conn: AsyncConnection, order_nos: Sequence[str]) -> set[str]:
+    """Those of these orders whose units Redis has not yet been told to take back."""
+    found = await conn.execute(
+        text(
+            "SELECT DISTINCT order_no FROM outbox WHERE order_no = ANY(CAST(:order_nos AS text[]))"
+            " AND kind = 'release' AND state = 'due'"
+        ),
+        {"order_nos": list(order_nos)},
+    )
+    return {row.order_no for row in found}

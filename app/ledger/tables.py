@@ -17,8 +17,8 @@ ORDER_STATES = ("reserved", "paid", "expired", "cancelled", "refunding", "refund
 ATTEMPT_STATES = ("created", "sent", "unknown", "succeeded", "failed", "closed")
 CAPTURE_STATES = ("due", "kept", "refund_due", "refunded")
 REFUND_STATES = ("due", "sent", "unknown", "done", "failed")
-OUTBOX_KINDS = ("mark", "release", "retake", "stock_add", "switch")
-OUTBOX_STATES = ("due", "done", "dropped")
+OUTBOX_KINDS = ("mark", "release", "stock_add", "stock_take", "switch")
+OUTBOX_STATES = ("due", "intent", "done", "dropped")  # intent: of the office, no relay takes it
 SMS_STATES = ("due", "sending", "sent", "failed", "unknown", "dropped")
 
 LIVE_ORDER = "state IN ('reserved', 'paid')"
@@ -276,7 +276,7 @@ outbox = sa.Table(
     metadata,
     # What Postgres has decided and Redis must still be told: Redis gets it once, by an idempotent script.
     sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
-    sa.Column("kind", sa.Text, nullable=False),  # mark | release | retake | stock_add | switch
+    sa.Column("kind", sa.Text, nullable=False),
     sa.Column("sale", sa.Text, nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("order_no", sa.Text),

@@ -134,9 +134,9 @@ def upgrade() -> None:
         sa.Column("leased_until", pg.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("generation", sa.BigInteger(), server_default="0", nullable=False),
         sa.CheckConstraint(
-            "kind IN ('mark', 'release', 'retake', 'stock_add', 'switch')", name="outbox_kind_known"
+            "kind IN ('mark', 'release', 'stock_add', 'stock_take', 'switch')", name="outbox_kind_known"
         ),
-        sa.CheckConstraint("state IN ('due', 'done', 'dropped')", name="outbox_state_known"),
+        sa.CheckConstraint("state IN ('due', 'intent', 'done', 'dropped')", name="outbox_state_known"),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("outbox_due", "outbox", ["id"], unique=False, postgresql_where=sa.text("state = 'due'"))

@@ -1,0 +1,477 @@
+"""Claims become orders: stream → Postgres → status → XACK+XDEL, at least once, so that each claim has one outcome.
+
+The order of steps is the safety: the row is committed before the buyer is told, the buyer is told before the entry is
+given up. A worker that dies anywhere in between leaves the entry pending; whoever takes it over meets the row.
+
+A batch is written by binary COPY. What COPY cannot say is found out by asking Postgres, the arbiter:
+    a row exists            somebody wrote it before: tell its status again, change nothing
+    the buyer has another   refused_claim `live_order`: ticket cancelled, units released through the outbox
+    not enough units        Redis lied: the first in service order that fit are kept, the others cancelled *without*
+                            giving units back, the item pauses, alert
+    other epoch             refused_claim `old_epoch`: the units were never in this epoch's stock; nothing goes back
+    cannot be written       bisected out, buried in dead_letter, released, alert
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import asyncpg
+import structlog
+from prometheus_client import Counter as Count
+from prometheus_client import Histogram
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from app.alarm import alert
+from app.errors import DidNotHappen
+from app.keys import FORMAT, GROUP, SaleKeys
+from app.ledger import confirming, orders, payments
+from app.ledger.confirming import NewOrder, Terms
+from app.ledger.engine import passes, sqlstate_of
+from app.purchase.told import refused_json, status_json
+from app.scripts import Link, Old, Scripts
+from app.settings import Settings
+
+SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
+TRIES_MAX = 5  # Postgres changed under a batch that often: somebody else is at work, the entries stay pending
+
+CONFIRMED = Count("fairdrop_confirm_claims", "claims that got their outcome, by outcome", ["outcome"])
+BATCH = Histogram("fairdrop_confirm_batch", "claims in one batch", buckets=(1, 2, 5, 10, 50, 100, 500, 1000))
+TOOK = Histogram("fairdrop_confirm_s", "s from a batch read to its entries acknowledged")
+_log = structlog.get_logger("confirm")
+
+
+class Claim(NamedTuple):
+    """One entry of `orders`: units that Redis has taken for a ticket."""
+
+    entry_id: bytes
+    epoch: int
+    sku: str
+    seq: int
+    units: int
+    claimed_ms: int
+    buyer: bytes
+    order_no: str
+
+    @property
+    def buyer_id(self) -> str:
+        """As Postgres holds it; UnicodeDecodeError: it is no UTF-8, the claim is poison."""
+        return self.buyer.decode()
+
+
+class Bad(NamedTuple):
+    """An entry that is no claim."""
+
+    entry_id: bytes
+    raw: bytes
+    reason: str
+
+
+Entry = tuple[bytes, Sequence[bytes]]
+
+
+def parse(sale: str, entry: Entry) -> Claim | Bad:
+    """One stream entry, format 1: `1|epoch|sku|seq|units|claimed_ms|buyer_id`; the buyer_id may hold anything."""
+    entry_id, fields = entry
+    raw = b"".join(fields[1:2])
+    try:
+        form, epoch, sku, seq, units, claimed_ms, buyer = raw.split(b"|", 6)
+        if fields[0] != b"c" or int(form) != FORMAT:
+            return Bad(entry_id, raw, "format")
+        number, name = int(seq), sku.decode("ascii")
+        if not (0 < number <= SEQ_MAX and int(units) > 0 and buyer):
+            return Bad(entry_id, raw, "range")
+        no = orders.order_no(sale, int(epoch), name, number, buyer.decode("utf-8", "surrogateescape"))
+        return Claim(entry_id, int(epoch), name, number, int(units), int(claimed_ms), buyer, no)
+    except (ValueError, IndexError):
+        return Bad(entry_id, raw, "shape")
+
+
+class Told(NamedTuple):
+    """What Redis is told of one claim, after COMMIT. byte '' = nothing (its ticket is told through the outbox, or gone)."""
+
+    outcome: str  # reserved | again | live_order | no_stock | old_epoch | poison | ticket_taken
+    byte: str = ""
+    version: int = 0
+    status: bytes = b""
+
+
+class _LookAgain(Exception):  # noqa: N818 - control flow inside this module
+    """Postgres changed between two statements; the transaction is rolled back and the batch asked again."""
+
+
+@dataclass
+class Confirmer:
+    """Writes the claims of any sale. `link` is shared: it never blocks. Reading blocks, on a link of its own (`read`)."""
+
+    engine: AsyncEngine
+    link: Link
+    scripts: Scripts
+    settings: Settings
+    consumer: str
+
+    async def confirm(self, sale: str, entries: Iterable[Entry], *, careful: bool = False) -> int:
+        """Give every entry its outcome and take it off the stream. Returns how many entries are done.
+
+        careful: the batch may have been written before (redelivered, or COMMIT's answer was lost): ask first.
+        Raises what `passes` (no Postgres, no Redis): nothing is acknowledged; call again with the same entries, careful.
+        """
+        parsed = [parse(sale, entry) for entry in entries]
+        claims = [one for one in parsed if isinstance(one, Claim)]
+        for bad in parsed:
+            if isinstance(bad, Bad):
+                await self._bury_bad(sale, bad)
+        BATCH.observe(len(parsed))
+        told: dict[str, Told] = {}
+        contacts: dict[bytes, bytes] = {}
+        if claims:
+            contacts = await self._contacts(sale, claims)
+            unique = list({claim.order_no: claim for claim in claims}.values())  # ten copies are one claim
+            told = await self._write(sale, unique, contacts, careful=careful or len(unique) < len(claims))
+        held = await self._tell(sale, claims, told)
+        done = [one.entry_id for one in parsed if one.entry_id not in held]
+        moved = [c.buyer for c in claims if c.buyer in contacts and told[c.order_no].outcome in ("reserved", "again")]
+        await self._acknowledge(sale, done, moved)
+        for result in told.values():
+            CONFIRMED.labels(result.outcome).inc()
+        return len(done)
+
+    async def _contacts(self, sale: str, claims: Sequence[Claim]) -> dict[bytes, bytes]:
+        """Sealed contacts that buyers gave with their passes: they move from Redis into the row."""
+        buyers = list({claim.buyer for claim in claims})
+        found = await self.link.call("HMGET", SaleKeys(sale).contact, *buyers)
+        return {buyer: sealed for buyer, sealed in zip(buyers, found, strict=True) if sealed is not None}
+
+    # Postgres
+
+    async def _write(
+        self, sale: str, claims: Sequence[Claim], contacts: dict[bytes, bytes], *, careful: bool
+    ) -> dict[str, Told]:
+        """The outcome of every claim, committed. order_no → what Redis must be told."""
+        if not careful:
+            try:
+                async with self.engine.begin() as conn:
+                    return await self._copy(conn, sale, claims, contacts)
+            except asyncpg.UniqueViolationError:
+                pass  # some of them exist: ask
+            except IntegrityError as error:
+                if sqlstate_of(error) != asyncpg.CheckViolationError.sqlstate:
+                    raise
+            except _LookAgain:
+                pass
+            except Exception as error:
+                if passes(error):
+                    raise
+        return await self._arbitrate_or_split(sale, claims, contacts)
+
+    async def _copy(
+        self, conn: AsyncConnection, sale: str, claims: Sequence[Claim], contacts: dict[bytes, bytes]
+    ) -> dict[str, Told]:
+        """The usual case: all are new, all fit."""
+        terms = await confirming.terms(conn, sale)
+        if terms is None or not all(_current(terms, claim) for claim in claims):
+            raise _LookAgain
+        new = await self._new_orders(conn, sale, claims, terms, contacts)
+        await confirming.copy_orders(conn, new)
+        await self._beside(conn, new, terms)
+        if not await confirming.reserve(conn, sale, new):
+            raise _LookAgain
+        return self._reserved(new, terms)
+
+    async def _arbitrate_or_split(
+        self, sale: str, claims: Sequence[Claim], contacts: dict[bytes, bytes]
+    ) -> dict[str, Told]:
+        """Ask Postgres about each claim; halve the batch around an entry that no statement can hold."""
+        lack = False
+        for _ in range(TRIES_MAX):
+            try:
+                async with self.engine.begin() as conn:
+                    return await self._arbitrate(conn, sale, claims, contacts, lack=lack)
+            except _LookAgain:
+                continue
+            except Exception as error:
+                if passes(error):
+                    raise
+                if sqlstate_of(error) == asyncpg.CheckViolationError.sqlstate and not lack:
+                    lack = True
+                    continue
+                if len(claims) == 1:
+                    return {claims[0].order_no: await self._bury(sale, claims[0], error)}
+                middle = len(claims) // 2
+                return {
+                    **await self._arbitrate_or_split(sale, claims[:middle], contacts),
+                    **await self._arbitrate_or_split(sale, claims[middle:], contacts),
+                }
+        raise DidNotHappen(f"Postgres kept changing under {len(claims)} claims of {sale}")
+
+    async def _arbitrate(
+        self,
+        conn: AsyncConnection,
+        sale: str,
+        claims: Sequence[Claim],
+        contacts: dict[bytes, bytes],
+        *,
+        lack: bool,
+    ) -> dict[str, Told]:
+        """One transaction in which every claim meets what Postgres knows. lack: there are fewer units than claims."""
+        terms = await confirming.terms(conn, sale, lock=lack)
+        if terms is None:
+            raise ValueError(f"no sale {sale}")
+        told = await self._before(conn, [claim.order_no for claim in claims])
+        open_ = [claim for claim in claims if claim.order_no not in told]
+        for claim in open_:
+            if claim.sku not in terms.items:
+                raise ValueError(f"no item {claim.sku}")
+            if not _current(terms, claim):
+                await self._refuse(conn, sale, claim, "old_epoch", returned=False, mark=False)
+                told[claim.order_no] = Told("old_epoch")
+        open_ = [claim for claim in open_ if claim.order_no not in told]
+        if lack:
+            for claim in self._too_many(open_, terms):
+                await self._refuse(conn, sale, claim, "no_stock", returned=False)
+                told[claim.order_no] = Told("no_stock", "k", 1, refused_json("no_stock"))
+                if await confirming.pause_item(conn, sale, claim.sku, claim.epoch):
+                    alert(
+                        "stock_lack",
+                        "Postgres has fewer units than Redis gave away: the item is paused",
+                        sale=sale,
+                        sku=claim.sku,
+                    )
+            open_ = [claim for claim in open_ if claim.order_no not in told]
+        if open_:
+            new = await self._new_orders(conn, sale, open_, terms, contacts)
+            written = await confirming.insert_orders(conn, new)
+            left_out = [claim for claim in open_ if claim.order_no not in written]
+            if left_out:
+                told |= await self._conflicts(conn, sale, left_out)
+            new = [order for order in new if order.order_no in written]
+            await self._beside(conn, new, terms)
+            if not await confirming.reserve(conn, sale, new):
+                raise _LookAgain
+            told |= self._reserved(new, terms)
+        return told
+
+    async def _before(self, conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, Told]:
+        """Claims that have had their outcome: the row as it is now, or the refusal."""
+        rows = await orders.many(conn, numbers)
+        told: dict[str, Told] = {}
+        if rows:
+            lines = await orders.lines(conn, list(rows))
+            attempts = await payments.newest_attempts(conn, list(rows))
+            for number, row in rows.items():
+                if row["state"] in ("reserved", "paid", "refunding"):
+                    status = status_json(row, lines.get(number, []), attempts.get(number))
+                    told[number] = Told("again", orders.byte_of(row), row["version"], status)
+                else:
+                    told[number] = Told("again")  # the release in the outbox tells the rest
+        for number in await confirming.refused(conn, numbers):
+            told[number] = Told("again")  # so does its own outbox row
+        return told
+
+    async def _conflicts(self, conn: AsyncConnection, sale: str, claims: Sequence[Claim]) -> dict[str, Told]:
+        """Why these were not inserted, as Postgres sees it now."""
+        told = await self._before(conn, [claim.order_no for claim in claims])
+        rest = [claim for claim in claims if claim.order_no not in told]
+        live = await orders.live_of_buyers(conn, sale, [claim.buyer_id for claim in rest]) if rest else {}
+        for claim in rest:
+            other = live.get(claim.buyer_id)
+            if other is not None:
+                await self._refuse(conn, sale, claim, "live_order", returned=True, live_order=other)
+                told[claim.order_no] = Told("live_order")
+            elif await confirming.ticket_has_order(conn, sale, claim.sku, claim.epoch, claim.seq):
+                # Redis gave one seq to two buyers. Its byte belongs to the other: touch neither ticket nor stock.
+                await self._refuse(conn, sale, claim, "ticket_taken", returned=False, mark=False)
+                told[claim.order_no] = Told("ticket_taken")
+                alert("ticket_taken", "two claims with one ticket number", sale=sale, order_no=claim.order_no)
+            else:
+                raise _LookAgain  # the live order ended in the meantime
+        return told
+
+    def _too_many(self, claims: Sequence[Claim], terms: Terms) -> list[Claim]:
+        """Those that do not fit. Entries are in service order (rank by rank), so the lowest ranks are kept."""
+        free = {sku: item.free for sku, item in terms.items.items()}
+        out: list[Claim] = []
+        for claim in sorted(claims, key=lambda one: _entry_order(one.entry_id)):
+            if claim.units <= free[claim.sku]:
+                free[claim.sku] -= claim.units
+            else:
+                out.append(claim)
+        return out
+
+    async def _new_orders(
+        self,
+        conn: AsyncConnection,
+        sale: str,
+        claims: Sequence[Claim],
+        terms: Terms,
+        contacts: dict[bytes, bytes],
+    ) -> list[NewOrder]:
+        silent = [claim.buyer_id for claim in claims if claim.buyer not in contacts]
+        known = await orders.contacts_of_ended(conn, sale, silent) if silent else {}
+        new: list[NewOrder] = []
+        for claim in claims:
+            item = terms.items[claim.sku]
+            buyer_id = claim.buyer_id
+            new.append(
+                NewOrder(
+                    claim.order_no,
+                    sale,
+                    claim.sku,
+                    buyer_id,
+                    claim.epoch,
+                    claim.seq,
+                    claim.units,
+                    claim.units * item.price_minor,
+                    item.currency,
+                    "reserved",
+                    datetime.fromtimestamp(claim.claimed_ms / 1000, UTC),
+                    terms.pay_within_s,
+                    contacts.get(claim.buyer) or known.get(buyer_id),
+                )
+            )
+        return new
+
+    async def _beside(self, conn: AsyncConnection, new: Sequence[NewOrder], terms: Terms) -> None:
+        await confirming.write_beside(
+            conn,
+            new,
+            terms,
+            provider=self.settings.payment_provider,
+            sms_by=terms.now + timedelta(seconds=self.settings.sms_ttl_s),
+        )
+
+    def _reserved(self, new: Sequence[NewOrder], terms: Terms) -> dict[str, Told]:
+        """What is told of rows that this transaction has just written: version 1, no deadline yet."""
+        told: dict[str, Told] = {}
+        for order in new:
+            item = terms.items[order.sku]
+            row: dict[str, Any] = {**order._asdict(), "pay_by": None, "reason": None, "leaving": False}
+            line = {
+                "kind": "item",
+                "sku": order.sku,
+                "title": item.title,
+                "units": order.units,
+                "unit_minor": item.price_minor,
+                "amount_minor": order.amount_minor,
+            }
+            attempt: dict[str, Any] | None = None
+            if terms.default_channel is not None and order.amount_minor > 0:
+                attempt = {"channel": terms.default_channel, "state": "created", "code": None, "kind": None}
+            told[order.order_no] = Told("reserved", "r", 1, status_json(row, [line], attempt))
+        return told
+
+    async def _refuse(
+        self,
+        conn: AsyncConnection,
+        sale: str,
+        claim: Claim,
+        reason: str,
+        *,
+        returned: bool,
+        mark: bool = True,
+        live_order: str | None = None,
+    ) -> None:
+        await confirming.refuse(
+            conn,
+            claim.order_no,
+            sale,
+            claim.sku,
+            claim.buyer.decode("utf-8", "backslashreplace").replace("\0", "\\x00"),
+            claim.epoch,
+            claim.seq,
+            claim.units,
+            reason=reason,
+            returned=returned,
+            told=refused_json(reason, live_order),
+            mark=mark,
+        )
+
+    async def _bury(self, sale: str, claim: Claim, error: BaseException) -> Told:
+        """One entry that no statement can hold: kept for a person, its units released, unless it has a row."""
+        async with self.engine.begin() as conn:
+            if found := await self._before(conn, [claim.order_no]):
+                return found[claim.order_no]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            entry = claim._asdict() | {"entry_id": claim.entry_id.decode(), "buyer": repr(claim.buyer)}
+            await confirming.bury(conn, sale, "orders", claim.entry_id.decode(), entry, reason)
+            terms = await confirming.terms(conn, sale)
+            here = terms is not None and (claim.sku not in terms.items or _current(terms, claim))
+            await self._refuse(conn, sale, claim, "poison", returned=here, mark=here)
+        alert("poison", "a claim could not be written and is in dead_letter", sale=sale, order_no=claim.order_no)
+        return Told("poison")
+
+    async def _bury_bad(self, sale: str, bad: Bad) -> None:
+        """An entry that is no claim: nothing is known that could be released."""
+        async with self.engine.begin() as conn:
+            buried = await confirming.bury(
+                conn, sale, "orders", bad.entry_id.decode(), {"raw": repr(bad.raw)}, bad.reason
+            )
+        if buried:
+            alert("poison", "an entry of orders is no claim and is in dead_letter", sale=sale, entry=bad.entry_id.decode())
+
+    # Redis
+
+    async def _tell(self, sale: str, claims: Sequence[Claim], told: dict[str, Told]) -> set[bytes]:
+        """Publish every status, before anything is acknowledged. Returns the entries that must stay pending.
+
+        A Redis that restarted and is not armed again answers OLD: its entries wait until it is. OLD for an epoch that
+        Postgres has left behind is final.
+        """
+        todo = [claim for claim in claims if told[claim.order_no].byte]
+        old = await self.mark(sale, [(claim, told[claim.order_no]) for claim in todo])
+        if not old:
+            return set()
+        async with self.engine.connect() as conn:
+            terms = await confirming.terms(conn, sale)
+        return {claim.entry_id for claim in old if terms is not None and _current(terms, claim)}
+
+    async def mark(self, sale: str, marks: Sequence[tuple[Claim, Told]]) -> list[Claim]:
+        """ticket_mark for each; returns those that Redis refused as OLD."""
+        answers = await asyncio.gather(
+            *(
+                self.scripts.ticket_mark(
+                    sale=sale,
+                    epoch=claim.epoch,
+                    sku=claim.sku,
+                    seq=claim.seq,
+                    version=what.version,
+                    byte=what.byte.encode(),
+                    status_json=what.status,
+                    keep_ask=True,  # a buyer who asked to leave while claimed is still leaving
+                )
+                for claim, what in marks
+            )
+        )
+        return [claim for (claim, _), answer in zip(marks, answers, strict=True) if isinstance(answer, Old)]
+
+    async def _acknowledge(self, sale: str, done: Sequence[bytes], moved: Sequence[bytes]) -> None:
+        """Give the entries up, in one MULTI: XLEN is the backlog. Contacts that are in a row now leave Redis."""
+        if not done:
+            return
+        keys = SaleKeys(sale)
+        commands: list[Sequence[bytes | str | int]] = [
+            ("MULTI",),
+            ("XACK", keys.orders, GROUP, *done),
+            ("XDEL", keys.orders, *done),
+        ]
+        if moved:
+            commands.append(("HDEL", keys.contact, *moved))
+        answers = await self.link.pipeline([*commands, ("EXEC",)])
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+
+
+def _current(terms: Terms, claim: Claim) -> bool:
+    item = terms.items.get(claim.sku)
+    return item is not None and item.epoch == claim.epoch
+
+
+def _entry_order(entry_id: bytes) -> tuple[int, int]:
+    ms, _, nth = entry_id.partition(b"-")
+    return int(ms), int(nth or 0)
