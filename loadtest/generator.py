@@ -153,7 +153,13 @@ class _Open(_Run):
 
 
 async def closed_loop(
-    host: str, port: int, requests: Iterator[bytes], *, connections: int, seconds: float, keep_bodies: bool = False
+    host: str,
+    port: int,
+    requests: Iterator[bytes],
+    *,
+    connections: int,
+    seconds: float,
+    keep_bodies: bool = False,
 ) -> tuple[Result, list[bytes]]:
     """As many requests as come back in so many seconds (or until `requests` ends)."""
     run = _Closed(requests, keep_bodies)

@@ -1,7 +1,7 @@
-"""The two measures that every figure is held against (performance.md), served by the same server as the front.
+"""The two measures that every figure is held against, served by the same server as the front.
 
-R1: an empty raw-ASGI POST, the limit of the server itself. R2: an empty FastAPI JSON route with a model, what an ordinary
-application pays before it does anything.
+R1: an empty raw-ASGI POST, the limit of the server itself. R2: an empty FastAPI JSON route with a model, what an
+ordinary application pays before it does anything.
 """
 
 from __future__ import annotations

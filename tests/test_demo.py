@@ -49,7 +49,7 @@ def run_demo(*options: str) -> tuple[int, str, str]:
 def kept(result: dict[str, Any]) -> bool:
     broken = [check for check in result["audit"] if not check["ok"]]
     assert not broken
-    return result["oversold"] == result["duplicates"] == result["lost"] == 0
+    return bool(result["oversold"] == result["duplicates"] == result["lost"] == 0)
 
 
 @pytest.mark.slow
