@@ -1,0 +1,191 @@
+"""Passes, tickets and cursors: short signed texts that a front door can trust without asking Redis.
+
+All have one form: base64url without padding of `format byte, key id, body, MAC`, the MAC a keyed BLAKE2b with a key of
+its own for each purpose. Only the canonical spelling is accepted, so any changed character or bit is refused. The first
+signing key signs, all verify: keys rotate by putting a new one in front. Tokens are for the eyes of their holder: redact
+them in logs.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import msgspec
+
+FORMAT = 1  # first byte of every token
+MAC_BYTES = 16  # 2^128 guesses; a ticket stays within 128 characters
+TICKET_HASH_BYTES = 10  # as in app.draw
+TEXT_MAX = 256  # characters; the longest pass has 204
+CURSOR_MAX = 1_024  # characters
+
+
+class Ticket(NamedTuple):
+    """A place in a sale. item: position of the sku in the sale's `items`. Deterministic: the same ticket, the same text."""
+
+    sale: str
+    epoch: int
+    item: int
+    seq: int
+    units: int
+    ticket_hash: bytes
+
+
+class Pass(NamedTuple):
+    """Permission to join one sale until expires_ms. flags: 0..255, free for the front door."""
+
+    sale: str
+    buyer_id: bytes
+    expires_ms: int
+    flags: int = 0
+
+
+def ticket_id(ticket: Ticket) -> str:
+    """The public name of a ticket: found again in /draw/entries, tells nothing about the buyer."""
+    return f"{ticket.seq}-{ticket.ticket_hash.hex()}"
+
+
+_TICKET = struct.Struct(">BBIHQH10s")  # format, key id, epoch, item, seq, units, ticket hash; then the sale
+_PASS = struct.Struct(">BBBQ")  # format, key id, flags, expires_ms; then the MAC and the buyer id
+
+
+def _encode(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+
+
+def _decode(text: str, longest: int) -> bytes | None:
+    """The bytes, or None unless `text` is the one spelling that `_encode` gives them."""
+    if not 4 <= len(text) <= longest:
+        return None
+    try:
+        spelled = text.encode("ascii")
+        raw = urlsafe_b64decode(spelled + b"=" * (-len(spelled) % 4))
+    except ValueError:
+        return None
+    return raw if urlsafe_b64encode(raw).rstrip(b"=") == spelled else None
+
+
+class _Key:
+    """One signing key: a sub-key for each purpose, as a keyed hash that is copied for every use."""
+
+    def __init__(self, signing_key: bytes) -> None:
+        master = blake2b(signing_key, digest_size=32, person=b"fairdrop-master").digest()
+        self.id = blake2b(master, digest_size=1, person=b"fairdrop-key-id").digest()[0]
+
+        def keyed(purpose: bytes, size: int) -> blake2b:
+            sub_key = blake2b(purpose, key=master, digest_size=32, person=b"fairdrop-sub").digest()
+            return blake2b(key=sub_key, digest_size=size)
+
+        self.of_ticket = keyed(b"ticket", MAC_BYTES)
+        self.of_pass = keyed(b"pass", MAC_BYTES)
+        self.of_cursor = keyed(b"cursor", MAC_BYTES)
+        self.of_hash = keyed(b"ticket hash", TICKET_HASH_BYTES)
+
+
+def _mac(keyed: blake2b, data: bytes) -> bytes:
+    mac = keyed.copy()
+    mac.update(data)
+    return mac.digest()
+
+
+class Keyring:
+    """Signs with the first key, verifies with all. Every read gives None for anything that is not exactly ours."""
+
+    def __init__(self, signing_keys: Sequence[bytes]) -> None:
+        if not signing_keys:
+            raise ValueError("a keyring needs a signing key")
+        self._keys = [_Key(key) for key in signing_keys]
+        self._first = self._keys[0]
+        self._by_id: dict[int, list[_Key]] = {}
+        for key in self._keys:
+            self._by_id.setdefault(key.id, []).append(key)
+
+    # tickets
+    def ticket_hash(self, sale: str, sku: str, buyer_id: bytes | str) -> bytes:
+        """What stands for the buyer in the draw and in the token; nobody without the key can tell whose it is."""
+        return _mac(self._first.of_hash, _whose(sale, sku, buyer_id))
+
+    def ticket_hash_is(self, ticket_hash: bytes, sale: str, sku: str, buyer_id: bytes | str) -> bool:
+        """Whether this hash is this buyer's, under any of the keys: the token belongs to whoever asks."""
+        whose = _whose(sale, sku, buyer_id)
+        return any(hmac.compare_digest(_mac(key.of_hash, whose), ticket_hash) for key in self._keys)
+
+    def ticket_sign(self, ticket: Ticket) -> str:
+        """At most 128 URL-safe characters. Sale at most 48 characters (ASCII)."""
+        key = self._first
+        body = _TICKET.pack(
+            FORMAT, key.id, ticket.epoch, ticket.item, ticket.seq, ticket.units, ticket.ticket_hash
+        ) + ticket.sale.encode("ascii")
+        return _encode(body + _mac(key.of_ticket, body))
+
+    def ticket_read(self, text: str) -> Ticket | None:
+        raw = _decode(text, 128)
+        if raw is None or len(raw) <= _TICKET.size + MAC_BYTES or raw[0] != FORMAT:
+            return None
+        body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
+        for key in self._by_id.get(raw[1], ()):
+            if hmac.compare_digest(_mac(key.of_ticket, body), mac):
+                _, _, epoch, item, seq, units, ticket_hash = _TICKET.unpack_from(body)
+                return Ticket(body[_TICKET.size :].decode("ascii"), epoch, item, seq, units, ticket_hash)
+        return None
+
+    # passes
+    def pass_sign(self, granted: Pass) -> str:
+        """At most 204 URL-safe characters. The sale is under the MAC and not in the text: the path names it."""
+        key = self._first
+        buyer_id = granted.buyer_id
+        if not 1 <= len(buyer_id) <= 128:
+            raise ValueError("a buyer_id has 1 to 128 bytes")
+        head = _PASS.pack(FORMAT, key.id, granted.flags, granted.expires_ms)
+        return _encode(head + _mac(key.of_pass, _pass_body(head, granted.sale, buyer_id)) + buyer_id)
+
+    def pass_read(self, text: str, sale: str, now_ms: int) -> bytes | None:
+        """The buyer_id, if this pass is ours, for this sale, and has not ended."""
+        found = self.pass_open(text, sale, now_ms)
+        return None if found is None else found.buyer_id
+
+    def pass_open(self, text: str, sale: str, now_ms: int) -> Pass | None:
+        """The whole pass, under the conditions of `pass_read`."""
+        raw = _decode(text, TEXT_MAX)
+        cut = _PASS.size + MAC_BYTES
+        if raw is None or len(raw) <= cut or raw[0] != FORMAT:
+            return None
+        head, mac, buyer_id = raw[: _PASS.size], raw[_PASS.size : cut], raw[cut:]
+        for key in self._by_id.get(raw[1], ()):
+            if hmac.compare_digest(_mac(key.of_pass, _pass_body(head, sale, buyer_id)), mac):
+                _, _, flags, expires_ms = _PASS.unpack(head)
+                return Pass(sale, buyer_id, expires_ms, flags) if now_ms < expires_ms else None
+        return None
+
+    # cursors
+    def cursor_sign(self, kind: str, payload: list[Any]) -> str:
+        """An opaque place in a list. payload: JSON values. `kind` is under the MAC: no cursor works for another list."""
+        key = self._first
+        body = bytes((FORMAT, key.id)) + msgspec.json.encode(payload)
+        return _encode(body + _mac(key.of_cursor, kind.encode() + b"\0" + body))
+
+    def cursor_read(self, kind: str, text: str) -> list[Any] | None:
+        raw = _decode(text, CURSOR_MAX)
+        if raw is None or len(raw) <= 2 + MAC_BYTES or raw[0] != FORMAT:
+            return None
+        body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
+        for key in self._by_id.get(raw[1], ()):
+            if hmac.compare_digest(_mac(key.of_cursor, kind.encode() + b"\0" + body), mac):
+                return msgspec.json.decode(body[2:], type=list[Any])
+        return None
+
+
+def _whose(sale: str, sku: str, buyer_id: bytes | str) -> bytes:
+    return b"%b\0%b\0%b" % (
+        sale.encode(),
+        sku.encode(),
+        buyer_id if isinstance(buyer_id, bytes) else buyer_id.encode(),
+    )
+
+
+def _pass_body(head: bytes, sale: str, buyer_id: bytes) -> bytes:
+    return b"%b%b\0%b" % (head, sale.encode(), buyer_id)

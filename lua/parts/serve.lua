@@ -1,0 +1,113 @@
+-- part serve: give units to the next ranks of the line. First plan (reads only), then apply (writes only).
+--
+-- Uses KEYS[1] sale. Needs ITEM, STOCK, OUTCOME, LINE, ORDERS (keys), `sku`, parts sale, tokens, item, draw. Gives serve_plan(units, n, key, work_max, backlog_max) -> P, serve_apply(P).
+-- P: served, stock, tokens, claimed (count), busy, changed, and what to write.
+-- Law: ranks in order, each once; one token a ticket; a unit leaves `stock` only together with its entry in `orders`.
+--   A ticket that left is passed without a token; one that cannot be filled whole is sold out and the next is tried.
+--   Without standby, stock 0 makes everyone unserved sold out (dead_seq). With standby served stops there.
+-- Cost: O(work_max): a read and a permutation for each drawn rank, one read for all later ones; one XADD a claim.
+local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
+  local P = {served = I.served, stock = units_left, tokens = tokens, claimed = 0, busy = false, dead = false,
+    payloads = {}, bytes = {}, gone = {}}
+  local last = I.next_seq - 1
+  local room = backlog_max - redis.call('XLEN', ORDERS)
+  local work, stop, D = 0, false, nil
+
+  local function reach(entry)  -- decide about the ticket at the next rank: true = served or closed, false = stop before it
+    local id, b = entry[1], entry[2][2]
+    local cut = string.find(b, ':', 1, true)
+    local units = tonumber(string.sub(b, 1, cut - 1))
+    local seq = string.sub(id, 1, -3)
+    if units > P.stock then
+      if P.stock == 0 or S.standby then
+        return false
+      end
+      P.bytes[#P.bytes + 1] = {seq, 115}
+    elseif room <= 0 then
+      P.busy = true
+      return false
+    elseif not unlimited and P.tokens < TOKEN then
+      return false
+    else
+      P.stock, P.tokens, room, P.claimed = P.stock - units, P.tokens - TOKEN, room - 1, P.claimed + 1
+      P.bytes[#P.bytes + 1] = {seq, 99}
+      P.payloads[P.claimed] = '1|' .. S.epoch .. '|' .. sku .. '|' .. seq .. '|' .. units .. '|' .. now .. '|' ..
+        string.sub(b, cut + 1)
+    end
+    P.gone[#P.gone + 1] = id
+    return true
+  end
+
+  while not stop and P.served < last and work < work_max and P.stock > 0 do
+    if P.served < drawn_n then
+      D = D or draw_keys(drawn_key, drawn_n)
+      local id = string.format('%d-0', seq_of(D, P.served + 1))
+      local found = redis.call('XRANGE', LINE, id, id)
+      work = work + 1
+      if found[1] and not reach(found[1]) then
+        stop = true
+      else
+        P.served = P.served + 1
+      end
+    else
+      local able = math.min(P.stock, math.max(room, 1))
+      if not unlimited then
+        able = math.min(able, math.max(math.floor(P.tokens / TOKEN), 1))
+      end
+      local count = math.min(work_max - work, able)
+      local found = redis.call('XRANGE', LINE, string.format('%d-0', P.served + 1), '+', 'COUNT', count)
+      for i = 1, #found do
+        if reach(found[i]) then
+          P.served = tonumber(string.sub(found[i][1], 1, -3))
+        else
+          P.served = tonumber(string.sub(found[i][1], 1, -3)) - 1  -- those who left before it are passed
+          stop = true
+          break
+        end
+      end
+      if not stop and #found < count then
+        P.served = last
+      end
+      work = work + math.max(#found, 1)
+    end
+  end
+  if P.stock == 0 and not S.standby and P.served < last then
+    P.dead, P.served = true, last
+  end
+  if unlimited then
+    P.tokens = 0
+  end
+  P.changed = P.served ~= I.served or P.dead
+  return P
+end
+
+local function serve_apply(P)
+  if not P.changed then
+    return
+  end
+  for first = 1, #P.bytes, 500 do  -- unpack has a limit of 8,000 values
+    local set = {}
+    for i = first, math.min(first + 499, #P.bytes) do
+      local at = #set
+      set[at + 1], set[at + 2] = 'SET', 'u8'
+      set[at + 3], set[at + 4] = '#' .. string.format('%d', P.bytes[i][1] - 1), P.bytes[i][2]
+    end
+    redis.call('BITFIELD', OUTCOME, unpack(set))
+  end
+  for i = 1, P.claimed do
+    redis.call('XADD', ORDERS, '*', 'c', P.payloads[i])
+  end
+  if P.dead then
+    redis.call('UNLINK', LINE)
+    redis.call('HSET', ITEM, 'served', P.served, 'dead_seq', P.served)
+  else
+    if #P.gone > 0 then
+      redis.call('XDEL', LINE, unpack(P.gone))
+    end
+    redis.call('HSET', ITEM, 'served', P.served)
+  end
+  if P.claimed > 0 then
+    redis.call('HSET', STOCK, sku, P.stock)
+  end
+  redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', P.tokens, 'opened', '1')
+end
