@@ -409,9 +409,8 @@ class Crowd:
         parts = urlsplit(buyer.pay_url)
         origin = f"{parts.scheme}://{parts.netloc}"
         wires = self._suppliers.setdefault(origin, Wires(origin, connections_max=32))
-        path = parts.path + (f"?{parts.query}" if parts.query else "")
-        with contextlib.suppress(Unknown):
-            await wires.ask("POST", path)
+        with contextlib.suppress(Unknown):  # the page's button posts here
+            await wires.ask("POST", f"{parts.path}/pay", b"Accept: application/json\r\n")
 
     async def _watch_late_money(self, buyer: Buyer, headers: bytes) -> None:
         """After money came too late: the unit again, or the money back."""

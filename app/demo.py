@@ -49,6 +49,14 @@ SETTLE_WITHIN_S = 25.0  # after closing: the last deadlines, refunds and SMS
 START_WITHIN_S = 90.0  # `up` makes a database cluster the first time
 STOP_WITHIN_S = 20.0
 SKU = "PH-128"
+# How the suppliers behave in this sale: calls fail now and then, each call-back comes twice and in any order, one in ten
+# has a forged copy, and a link that has ended can still be paid (the money must go back).
+MISBEHAVIOUR: dict[str, Any] = {
+    "payments": {"error_rate": 0.03, "latency_ms": 5, "jitter_ms": 20},
+    "sms": {"error_rate": 0.03},
+    "hooks": {"copies": 2, "shuffle_ms": 200, "forge_rate": 0.1},
+    "late_pay": True,
+}
 PRICE_MINOR = 499_900
 CURRENCY = "CNY"
 
@@ -281,6 +289,17 @@ def close_books(
     return figures, checks
 
 
+def compare_money(orders: list[dict[str, Any]], supplier: dict[str, Any]) -> list[Check]:
+    """Compare the orders with the supplier's own sums: money that came, went back, and call-backs that were forged."""
+    kept = supplier.get("captured_minor", 0) - supplier.get("refunded_minor", 0)
+    sold = sum(order["amount_minor"] for order in orders if order["state"] == "paid")
+    forged = supplier.get("forged_taken", 0)
+    return [
+        Check("the supplier's captures - refunds = the sum of paid orders", kept == sold, kept, sold),
+        Check("forged call-backs that were believed", forged == 0, forged, 0),
+    ]
+
+
 def was_promised(buyer: Buyer) -> bool:
     """Told `reserved` (or what only follows it), or told `claimed` and nothing since."""
     return any(state in EVER_WON for state in buyer.states) or buyer.state == "claimed"
@@ -433,7 +452,9 @@ async def hold_sale(
     desk = Desk(urls.office, urls.operator_key)
     sale = f"demo-{seed}-{secrets.token_hex(3)}"
     crowd = Crowd(cast_crowd(buyers, units, seed), front=urls.front, sale=sale, sku=SKU, seed=seed)
+    sandbox = Desk(urls.sandbox, "")
     try:
+        await sandbox.post("/control", MISBEHAVIOUR | {"seed": seed})
         await crowd.set_clock()
         early_s = max(3.0, buyers / 1_000)
         line_opens_s = crowd.now_s() + 1.0
@@ -468,24 +489,21 @@ async def hold_sale(
         view.step("settling: the last releases, refunds and SMS")
         await _settled(desk, sale)
         view.step("audit")
-        figures, checks = close_books(crowd.people, await desk.orders(sale), units)
+        orders = await desk.orders(sale)
+        supplier = await sandbox.get("/stats")
         audit = await desk.get(f"/v1/admin/sales/{sale}/audit")
-        live = await desk.get(f"/v1/admin/sales/{sale}/live")
+        figures, checks = close_books(crowd.people, orders, units)
+        checks += compare_money(orders, supplier)
         return {
             **figures,
-            "sms_sent": sms_sent(live),
+            "sms_sent": supplier.get("sms", 0),
             "seconds": round(time.monotonic() - began, 1),
             "audit": audit["checks"] + [check.__dict__ for check in checks],
         }
     finally:
         crowd.close()
         await desk.close()
-
-
-def sms_sent(live: dict[str, Any]) -> int:
-    """SMS that the supplier has taken, from the office's live document."""
-    sms = live.get("sms", {})
-    return int(sms.get("sent", 0)) if isinstance(sms, dict) else int(sms)
+        await sandbox.close()
 
 
 async def _until(people: asyncio.Task[None], reached: Callable[[], bool]) -> None:

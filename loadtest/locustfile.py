@@ -155,7 +155,9 @@ class Shopper(Person):
                 and payment["url"]
             ):
                 gevent.sleep(random.expovariate(2.0))
-                with self.client.post(payment["url"], name="pay (sandbox)", catch_response=True) as answer:
+                with self.client.post(
+                    payment["url"] + "/pay", name="pay (sandbox)", catch_response=True
+                ) as answer:
                     answer.success()  # the supplier is no part of what is judged here
 
     def _join(self, told: Told) -> Any:

@@ -165,7 +165,8 @@ class Buyer:
         """Opens the supplier's page and confirms. The supplier then calls the office back: nobody trusts the buyer."""
         url = await self.sees_the_payment_link()
         async with httpx.AsyncClient(timeout=15, trust_env=False) as browser:
-            assert (await browser.post(url)).status_code < 400
+            assert (await browser.get(url)).status_code == 200
+            assert (await browser.post(f"{url}/pay")).status_code < 400
 
     async def leaves(self) -> httpx.Response:
         return await self.http.delete(f"/v1/tickets/{self.ticket}")
