@@ -30,7 +30,7 @@ def become(uid: int, gid: int) -> None:
 
 
 def map_onto(uid: int, gid: int) -> None:
-    """Be `uid` in a user namespace of our own; after exec no capability is left, as for any account that is not root."""
+    """Be `uid` in a user namespace of our own; after exec no capability is left, as for any account but root."""
     outer_uid, outer_gid = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWUSER) != 0:

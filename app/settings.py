@@ -13,7 +13,16 @@ from pydantic_settings.sources import EnvSettingsSource
 
 from app.errors import CannotStart
 
-SECRETS = ("signing_keys", "pii_keys", "jwt_secret", "operator_key", "sandbox_secret", "redis_url", "database_url")
+SECRETS = (
+    "signing_keys",
+    "pii_keys",
+    "jwt_secret",
+    "operator_key",
+    "sandbox_secret",
+    "redis_url",
+    "database_url",
+    "captcha_secret",
+)
 
 
 class _SecretFiles(EnvSettingsSource):
@@ -27,12 +36,16 @@ class _SecretFiles(EnvSettingsSource):
                 try:
                     found[name] = Path(path).read_text(encoding="utf-8").strip()
                 except OSError as error:
-                    raise CannotStart(f"FAIRDROP_{name.upper()}_FILE: cannot read {path}: {error.strerror}") from error
+                    raise CannotStart(
+                        f"FAIRDROP_{name.upper()}_FILE: cannot read {path}: {error.strerror}"
+                    ) from error
         return found
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="FAIRDROP_", extra="ignore", validate_default=False)
+    model_config = SettingsConfigDict(
+        env_prefix="FAIRDROP_", extra="ignore", validate_default=False, env_ignore_empty=True
+    )
 
     env: Literal["production", "development"] = Field(
         "production", description="development allows X-Buyer-Id and made-up secrets; `up` and `demo` set it"
@@ -40,17 +53,29 @@ class Settings(BaseSettings):
 
     # stores
     redis_url: str = Field("", description="redis://[:password@]host:port/0; empty: `up` embeds Valkey")
-    database_url: str = Field("", description="postgresql://user:password@host:port/name; empty: `up` embeds Postgres")
-    data_dir: Path = Field(Path(".fairdrop"), description="where `up` keeps stores, secrets, logs and urls.json")
+    database_url: str = Field(
+        "", description="postgresql://user:password@host:port/name; empty: `up` embeds Postgres"
+    )
+    data_dir: Path = Field(
+        Path(".fairdrop"), description="where `up` keeps stores, secrets, logs and urls.json"
+    )
     redis_deadline_s: float = Field(2.0, description="s; a Redis call without an answer by then is unknown")
     database_pool: int = Field(8, description="connections a process keeps to Postgres")
     database_deadline_s: float = Field(15.0, description="s; one SQL statement")
 
     # secrets
-    signing_keys: SecretStr = Field(SecretStr(""), description="comma-separated, >= 32 characters each; the first signs passes, tickets and cursors, all verify")
-    pii_keys: SecretStr = Field(SecretStr(""), description="comma-separated 32-byte keys, base64 or hex; the first seals contacts (AES-GCM), all open")
+    signing_keys: SecretStr = Field(
+        SecretStr(""),
+        description="comma-separated, >= 32 characters each; the first signs passes, tickets and cursors, all verify",
+    )
+    pii_keys: SecretStr = Field(
+        SecretStr(""),
+        description="comma-separated 32-byte keys, base64 or hex; the first seals contacts (AES-GCM), all open",
+    )
     jwt_secret: SecretStr = Field(SecretStr(""), description="HS256 secret of the shop's buyer tokens")
-    jwt_jwks_url: str = Field("", description="JWKS address of the shop's buyer tokens (RS256, ES256, EdDSA), instead of a secret")
+    jwt_jwks_url: str = Field(
+        "", description="JWKS address of the shop's buyer tokens (RS256, ES256, EdDSA), instead of a secret"
+    )
     jwt_issuer: str = Field("", description="required `iss` of a buyer token; empty: not checked")
     jwt_audience: str = Field("", description="required `aud` of a buyer token; empty: not checked")
     operator_key: SecretStr = Field(SecretStr(""), description="the first admin's key for the office")
@@ -61,49 +86,81 @@ class Settings(BaseSettings):
     front_workers: int = Field(1, ge=1, le=64, description="front-door processes")
     office_host: str = Field("127.0.0.1", description="address")
     office_port: int = Field(8081, description="TCP port, 0 = any")
-    hooks_port: int = Field(0, description="TCP port of a listener of its own for supplier call-backs; 0: the office serves them")
+    hooks_port: int = Field(
+        0, description="TCP port of a listener of its own for supplier call-backs; 0: the office serves them"
+    )
     worker_host: str = Field("127.0.0.1", description="address")
     worker_port: int = Field(8082, description="TCP port of probes and metrics, 0 = any")
     sandbox_host: str = Field("127.0.0.1", description="address")
     sandbox_port: int = Field(8083, description="TCP port of the sandbox supplier, 0 = any")
     server: Literal["uvicorn", "granian"] = Field("uvicorn", description="ASGI server of the front")
-    drain_s: float = Field(5.0, ge=0, description="s of serving on after SIGTERM, with /readyz saying draining")
-    cors_origins: Annotated[list[str], NoDecode] = Field(default_factory=list, description="comma-separated origins; default none")
-    metrics_allow: str = Field("127.0.0.0/8,::1/128", description="comma-separated networks that may read /metrics")
+    drain_s: float = Field(
+        5.0, ge=0, description="s of serving on after SIGTERM, with /readyz saying draining"
+    )
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        default_factory=list, description="comma-separated origins; default none"
+    )
+    metrics_allow: str = Field(
+        "127.0.0.0/8,::1/128", description="comma-separated networks that may read /metrics"
+    )
     trusted_proxies: str = Field("", description="comma-separated networks whose X-Forwarded-For is believed")
     public_url: str = Field("", description="where buyers reach the front; empty: its own address")
     office_url: str = Field("", description="where operators' commands and suppliers' hooks reach the office")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, else JSON"
+    )
     otlp_endpoint: str = Field("", description="OpenTelemetry collector (OTLP over HTTP); empty: off")
 
     # connections
     listen_backlog: int = Field(
-        4_096, ge=64, description="connections the kernel keeps until they are accepted (it may cap this: somaxconn)"
+        4_096,
+        ge=64,
+        description="connections the kernel keeps until they are accepted (it may cap this: somaxconn)",
     )
-    keep_alive_s: float = Field(30.0, gt=0, description="s an idle connection stays open; longer than a poll interval")
-    head_max_bytes: int = Field(16_384, ge=1_024, description="bytes of request line and headers; more is 431")
-    head_within_s: float = Field(10.0, gt=0, description="s a client may take to send request line and headers")
+    keep_alive_s: float = Field(
+        30.0, gt=0, description="s an idle connection stays open; longer than a poll interval"
+    )
+    head_max_bytes: int = Field(
+        16_384, ge=1_024, description="bytes of request line and headers; more is 431"
+    )
+    head_within_s: float = Field(
+        10.0, gt=0, description="s a client may take to send request line and headers"
+    )
     close_within_s: float = Field(5.0, ge=0, description="s that requests under way get when a process stops")
 
     # the front door's limits
     body_max_bytes: int = Field(16_384, description="bytes; larger bodies are 413")
     batch_max: int = Field(256, ge=1, le=1000, description="buyers in one line_join call")
-    batch_in_flight_max: int = Field(2, ge=1, le=8, description="line_join calls of one item on the wire at once")
-    batch_queue_max: int = Field(20_000, description="buyers queued in one front-door process before 503 busy")
+    batch_in_flight_max: int = Field(
+        2, ge=1, le=8, description="line_join calls of one item on the wire at once"
+    )
+    batch_queue_max: int = Field(
+        20_000, description="buyers queued in one front-door process before 503 busy"
+    )
     join_deadline_s: float = Field(5.0, description="s a join may take before 503 busy")
-    orders_backlog_max: int = Field(100_000, description="claims waiting for Postgres before admission stops and joins get 503")
+    orders_backlog_max: int = Field(
+        100_000, description="claims waiting for Postgres before admission stops and joins get 503"
+    )
     sse_max: int = Field(5_000, description="event streams of one front-door process; beyond: 503, poll")
     snapshot_every_ms: int = Field(100, ge=10, description="ms between two looks at a sale's state")
     snapshot_stale_s: float = Field(3.0, description="s without a fresh look before buyers get 503")
-    line_serve_max: int = Field(1_000, ge=1, le=1_000, description="ranks that one script call serves or passes")
+    line_serve_max: int = Field(
+        1_000, ge=1, le=1_000, description="ranks that one script call serves or passes"
+    )
     admit_every_ms: int = Field(50, ge=10, le=100, description="ms between two admit ticks")
     pass_rate_per_min: int = Field(30, description="passes one buyer may ask for in a minute")
     change_rate_per_min: int = Field(30, description="leave and payment requests of one buyer in a minute")
     poll_min_ms: int = Field(500, description="ms; the shortest poll interval told to a buyer")
     poll_max_ms: int = Field(15_000, description="ms; the longest poll interval told to a buyer")
-    pass_pow_bits: int = Field(18, ge=1, le=30, description="leading zero bits of the proof-of-work challenge")
-    captcha_verify_url: str = Field("", description="siteverify address of the captcha supplier (reCAPTCHA, hCaptcha, Turnstile form)")
+    pass_pow_bits: int = Field(
+        18, ge=1, le=30, description="leading zero bits of the proof-of-work challenge"
+    )
+    captcha_verify_url: str = Field(
+        "", description="siteverify address of the captcha supplier (reCAPTCHA, hCaptcha, Turnstile form)"
+    )
     captcha_site_key: str = Field("", description="public site key shown to buyers")
     captcha_secret: SecretStr = Field(SecretStr(""), description="the captcha supplier's secret")
 
@@ -111,11 +168,15 @@ class Settings(BaseSettings):
     worker_name: str = Field("", description="consumer name in the streams; empty: host and process id")
     confirm_batch_max: int = Field(1_000, ge=1, le=10_000, description="claims confirmed in one transaction")
     confirm_block_ms: int = Field(200, description="ms to wait for claims")
-    autoclaim_idle_ms: int = Field(10_000, description="ms before another worker's unfinished claims are taken over")
+    autoclaim_idle_ms: int = Field(
+        10_000, description="ms before another worker's unfinished claims are taken over"
+    )
     lease_s: float = Field(30.0, description="s a due row stays leased to one worker")
     expire_every_ms: int = Field(500, description="ms between two looks for unpaid orders")
     relay_every_ms: int = Field(100, description="ms between two looks at the outbox")
-    link_wait_max_s: int = Field(60, description="s after confirm before the payment deadline starts without a link")
+    link_wait_max_s: int = Field(
+        60, description="s after confirm before the payment deadline starts without a link"
+    )
     unknown_max_s: int = Field(3_600, description="s an order may stay reserved while its payment is unknown")
     reconcile_every_s: float = Field(10.0, description="s between two comparisons of Redis and Postgres")
     pulse_every_s: float = Field(1.0, description="s between two pulses (rollback detection)")
@@ -128,8 +189,12 @@ class Settings(BaseSettings):
     payment_provider: str = Field("sandbox", description="payment supplier")
     sms_provider: str = Field("sandbox", description="SMS supplier")
     sandbox_url: str = Field("http://127.0.0.1:8083", description="address of the sandbox supplier")
-    sandbox_public_url: str = Field("", description="where buyers reach the sandbox's pay page; empty: sandbox_url")
-    sandbox_secret: SecretStr = Field(SecretStr(""), description="secret that signs the sandbox's webhooks and our requests to it")
+    sandbox_public_url: str = Field(
+        "", description="where buyers reach the sandbox's pay page; empty: sandbox_url"
+    )
+    sandbox_secret: SecretStr = Field(
+        SecretStr(""), description="secret that signs the sandbox's webhooks and our requests to it"
+    )
     provider_deadline_s: float = Field(5.0, description="s; one call to a supplier")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")
     provider_wait_max_s: float = Field(1.0, description="s a call waits for a place before it is refused")
@@ -148,7 +213,9 @@ class Settings(BaseSettings):
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
 
     @cached_property
     def development(self) -> bool:

@@ -1,0 +1,265 @@
+"""The command `fairdrop`. Each command loads what it needs when it runs, so that --help answers at once.
+
+Exit status: 0 fine, 1 the checked thing failed, 2 bad usage or cannot start (one sentence on standard error).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from app.errors import CannotStart, FairdropError
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+app = typer.Typer(
+    name="fairdrop",
+    help="Flash sales with a fair line, stock that is never oversold, and orders that survive every crash.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Stores, secrets, logs, urls.json. [default: .fairdrop]")
+]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="TCP port; 0 = any free one.")]
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
+Fd = Annotated[int | None, typer.Option("--fd", hidden=True)]  # a socket that the supervisor opened
+Server = Annotated[
+    Literal["uvicorn", "granian"] | None, typer.Option("--server", help="ASGI server of the front.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, max=64, help="Front-door processes.")]
+
+
+def _settings(**given: Any) -> Settings:
+    """The settings of this process: options over environment. CannotStart: one sentence for each that is wrong."""
+    from pydantic import ValidationError
+
+    from app.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"FAIRDROP_{'_'.join(str(part) for part in one['loc']).upper()}: {one['msg']}"
+            for one in error.errors()
+        )
+        raise CannotStart(wrong) from error
+
+
+@app.command()
+def up(
+    data_dir: DataDir = None,
+    front_port: Port = None,
+    office_port: Port = None,
+    worker_port: Port = None,
+    sandbox_port: Port = None,
+    front_workers: Workers = None,
+    server: Server = None,
+    lan: Annotated[
+        bool, typer.Option("--lan", help="Let other machines reach front, office and sandbox.")
+    ] = False,
+) -> None:
+    """Run everything on this machine for development: stores, front, office, worker and a sandbox supplier."""
+    from app.supervisor import Up
+
+    given = {"data_dir": data_dir, "front_workers": front_workers, "server": server, "env": "development"}
+    ports = {"front": front_port, "office": office_port, "worker": worker_port, "sandbox": sandbox_port}
+    Up(_settings(**given, **{f"{name}_port": port for name, port in ports.items()}), lan=lan).run()
+
+
+@app.command()
+def front(
+    host: Host = None, port: Port = None, workers: Workers = None, server: Server = None, fd: Fd = None
+) -> None:
+    """Run the front door: what buyers talk to. Needs Redis only."""
+    settings = _settings(front_host=host, front_port=port, front_workers=workers, server=server)
+    if settings.front_workers > 1 and fd is None:
+        from app.supervisor import run_fronts
+
+        run_fronts(settings, settings.front_host, settings.front_port)
+        return
+    _logging(settings, "front")
+    from app.front import create_app
+    from app.serve import serve
+
+    serve(
+        "front",
+        create_app,
+        settings,
+        host=settings.front_host,
+        port=settings.front_port,
+        fd=fd,
+        drain_s=settings.drain_s,
+        server=settings.server,
+    )
+
+
+@app.command()
+def office(host: Host = None, port: Port = None, fd: Fd = None) -> None:
+    """Run the office: what operators and suppliers' call-backs talk to. Needs Redis and Postgres."""
+    settings = _settings(office_host=host, office_port=port)
+    _logging(settings, "office")
+    from app.office import create_app
+    from app.serve import serve
+
+    serve(
+        "office",
+        create_app,
+        settings,
+        host=settings.office_host,
+        port=settings.office_port,
+        fd=fd,
+        drain_s=settings.drain_s,
+    )
+
+
+@app.command()
+def worker(host: Host = None, port: Port = None) -> None:
+    """Run the worker: it confirms, takes payments, tells, expires, releases, reconciles."""
+    settings = _settings(worker_host=host, worker_port=port)
+    _logging(settings, "worker")
+    from app import worker as worker_process
+    from app.serve import run
+
+    run(worker_process.run(settings))
+
+
+@app.command()
+def sandbox(host: Host = None, port: Port = None, fd: Fd = None) -> None:
+    """Run the sandbox: payment and SMS suppliers that misbehave on request."""
+    settings = _settings(sandbox_host=host, sandbox_port=port)
+    _logging(settings, "sandbox")
+    from app.providers.sandbox import create_app
+    from app.serve import serve
+
+    serve("sandbox", create_app, settings, host=settings.sandbox_host, port=settings.sandbox_port, fd=fd)
+
+
+def _logging(settings: Settings, process: str) -> None:
+    from app.telemetry import configure_logging, start_tracing
+
+    configure_logging(settings, process)
+    start_tracing(settings, process)
+
+
+@app.command()
+def migrate(
+    data_dir: DataDir = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 if a migration is missing.")
+    ] = False,
+) -> None:
+    """Bring the database up to this release, or say what is missing."""
+    from app.ledger import migrate as migrations
+
+    settings = _settings(data_dir=data_dir)
+    database_url = settings.database_url
+    if not database_url:
+        from app.supervisor import read_urls
+
+        database_url = str(read_urls(settings.data_dir)["database"])
+    missing = migrations.pending(database_url)
+    for line in missing:
+        print(line)
+    if check:
+        raise typer.Exit(1 if missing else 0)
+    migrations.upgrade(database_url)
+    print("up to date" if not missing else f"{len(missing)} run, up to date")
+
+
+@app.command()
+def token(
+    buyer: Annotated[str, typer.Argument(help="The shop's own id of the buyer.")],
+    data_dir: DataDir = None,
+    valid_s: Annotated[int, typer.Option(min=1, help="s the token stays valid.")] = 3600,
+    phone: Annotated[str | None, typer.Option(help="E.164, for example +8613800138000.")] = None,
+    language: Annotated[str | None, typer.Option(help="For example zh-CN.")] = None,
+) -> None:
+    """Print a buyer's JWT, signed with the JWT secret of this installation (for trying things out)."""
+    import time
+
+    import jwt
+
+    settings = _settings(data_dir=data_dir)
+    secret = settings.jwt_secret.get_secret_value()
+    if not secret:
+        from app.supervisor import made_secrets
+
+        file = made_secrets(settings.data_dir).get("jwt_secret")
+        if file is None:
+            raise CannotStart(
+                f"no JWT secret: set FAIRDROP_JWT_SECRET, or start `fairdrop up` in {settings.data_dir} once"
+            )
+        secret = file.read_text(encoding="ascii").strip()
+    now_s = int(time.time())
+    optional = {
+        "iss": settings.jwt_issuer,
+        "aud": settings.jwt_audience,
+        "phone_number": phone,  # OpenID Connect's names
+        "locale": language,
+    }
+    claims: dict[str, Any] = {"sub": buyer, "iat": now_s, "exp": now_s + valid_s}
+    claims |= {name: value for name, value in optional.items() if value}
+    print(jwt.encode(claims, secret, algorithm="HS256"))
+
+
+# A process starts faster when the commands that it is not are left alone.
+OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token")
+
+
+def _register() -> None:
+    """Commands that live in files of their own."""
+    from app import admin_cli, demo, verify_draw
+
+    app.command()(demo.demo)
+    app.command("verify-draw")(verify_draw.verify_draw)
+    admin_cli.register(app)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is inside groups of one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def main() -> None:
+    """Run the command of the command line, and end the process with its exit status."""
+    try:
+        if not (len(sys.argv) > 1 and sys.argv[1] in OWN_COMMANDS):
+            _register()
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FairdropError as error:
+        _end(error)
+    except BaseExceptionGroup as group:
+        cause = _cause(group)
+        if not isinstance(cause, FairdropError):
+            raise
+        _end(cause)
+    except BrokenPipeError:
+        # `fairdrop … | head`: the reader has gone; say nothing more, and let no exit handler try.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _end(error: BaseException) -> None:
+    """One sentence for a person and status 2; with FAIRDROP_LOG_LEVEL=debug also where it came from."""
+    if os.environ.get("FAIRDROP_LOG_LEVEL", "").lower() == "debug":
+        traceback.print_exception(error)
+    sys.stderr.write(f"fairdrop: {error}\n")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

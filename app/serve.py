@@ -1,0 +1,354 @@
+"""Serves an ASGI application until SIGTERM: listens, starts it, drains, stops. For front, office and sandbox.
+
+SIGTERM: /readyz says 503 `draining` (`app.drain()`, or `app.state.draining = True`) while everything is served as
+before for `drain_s`, so that a load balancer looks away first; then requests under way get `close_within_s`. Ctrl-C,
+or a second SIGTERM, skips the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import FrameType
+from typing import Any, cast
+
+import structlog
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.errors import CannotStart
+from app.settings import Settings
+
+log = structlog.get_logger("serve")
+
+Message = MutableMapping[str, Any]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def listen(
+    host: str, port: int, backlog: int, *, what: str, option: str = "", share: bool = False
+) -> socket.socket:
+    """A listening socket. share: further sockets on the same port may follow, and the kernel spreads connections.
+
+    CannotStart: the port is taken or may not be used; the sentence names `what` and the `option` to change.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    wire = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        wire.bind((host, port))
+        wire.listen(backlog)
+    except OSError as error:
+        wire.close()
+        raise cannot_listen(host, port, error, what=what, option=option) from error
+    except OverflowError as error:
+        wire.close()
+        raise CannotStart(f"{what}: {port} is no TCP port") from error
+    return wire
+
+
+def cannot_listen(host: str, port: int, error: OSError, *, what: str, option: str) -> CannotStart:
+    instead = f"; choose another with {option}" if option else ""
+    if error.errno == errno.EADDRINUSE:
+        return CannotStart(f"{what}: port {port} on {host} is in use{instead}")
+    return CannotStart(f"{what}: cannot listen on {host}:{port}: {error.strerror or error}{instead}")
+
+
+def listen_together(
+    host: str, port: int, backlog: int, count: int, *, what: str, option: str = ""
+) -> list[socket.socket]:
+    """One socket for each of `count` processes, all on one port.
+
+    The port is first asked for alone: SO_REUSEPORT would quietly share it with any process of the same user.
+    """
+    if count == 1:
+        return [listen(host, port, backlog, what=what, option=option)]
+    alone = listen(host, port, 1, what=what, option=option)
+    chosen = alone.getsockname()[1]
+    alone.close()
+    return [listen(host, chosen, backlog, what=what, option=option, share=True) for _ in range(count)]
+
+
+def start_draining(app: Application) -> None:
+    """Make /readyz say `draining`; nothing else changes."""
+    drain = getattr(app, "drain", None)
+    if callable(drain):
+        drain()
+    elif hasattr(app, "state"):
+        app.state.draining = True
+
+
+class Lifespan:
+    """Runs the application's own start and stop, and keeps what went wrong (also the form that uvicorn expects)."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        self.app = cast(Application, config.loaded_app)
+        self.state: dict[str, Any] = {}
+        self.should_exit = False
+        self.failure: BaseException | None = None
+        self._inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue(2)
+        self._started = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def startup(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="lifespan")
+        await self._inbox.put({"type": "lifespan.startup"})
+        await self._started.wait()
+        self.should_exit = self.failure is not None
+
+    async def shutdown(self) -> None:
+        if self.failure is None and self._task is not None:
+            await self._inbox.put({"type": "lifespan.shutdown"})
+            await self._ended.wait()
+            await self._task
+
+    async def _run(self) -> None:
+        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
+        try:
+            await self.app(scope, self._inbox.get, self._send)
+            if not self._started.is_set():
+                self.failure = CannotStart("the application ended before it started")
+        except Exception as error:  # noqa: BLE001 - raised again by whoever runs the server
+            self.failure = error
+        finally:
+            self._started.set()
+            self._ended.set()
+
+    async def _send(self, message: Message) -> None:
+        match message["type"]:
+            case "lifespan.startup.complete":
+                self._started.set()
+            case "lifespan.startup.failed" | "lifespan.shutdown.failed":
+                # Replaced by the exception itself if the application raises it, as Starlette does.
+                self.failure = CannotStart(
+                    (message.get("message") or "it gave no reason").strip().splitlines()[-1]
+                )
+            case "lifespan.shutdown.complete":
+                self._ended.set()
+
+
+def http_protocol(settings: Settings) -> type[HttpToolsProtocol]:
+    """uvicorn's HTTP/1.1 with a limit on the size and the time of a request's head; httptools itself has none."""
+    head_max_bytes = settings.head_max_bytes
+    head_within_s = settings.head_within_s
+
+    class Protocol(HttpToolsProtocol):
+        """Between requests and while a head arrives, `_in_head` is true and bytes are counted."""
+
+        _in_head = True
+        _head_bytes = 0
+        _heads = 0
+        _watch: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch = self.loop.call_later(head_within_s, self._look, -1)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._watch is not None:
+                self._watch.cancel()
+            super().connection_lost(exc)
+
+        def _look(self, heads_before: int) -> None:
+            """Close a connection that has been sending one head since the last look, or has sent none at all."""
+            unfinished = self._in_head and (self._head_bytes > 0 or self._heads == 0)
+            if unfinished and (heads_before == self._heads or self._heads == 0):
+                self.transport.close()
+                return
+            self._watch = self.loop.call_later(head_within_s, self._look, self._heads)
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_head:
+                self._head_bytes += len(data)
+            super().data_received(data)
+            if self._in_head and self._head_bytes > head_max_bytes and not self.transport.is_closing():
+                self.transport.write(
+                    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                    b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+                    % (len(TOO_LARGE), TOO_LARGE)
+                )
+                self.transport.close()
+
+        def on_headers_complete(self) -> None:
+            self._in_head = False
+            self._heads += 1
+            if self._head_bytes > head_max_bytes:  # the count may hold body bytes: look exactly
+                size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+                if size > head_max_bytes:
+                    self.app = _head_too_large
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._in_head = True
+            self._head_bytes = 0
+
+    return Protocol
+
+
+TOO_LARGE = (
+    b'{"type":"urn:fairdrop:problem:head_too_large","title":"Headers too large","status":431,"code":"head_too_large",'
+    b'"detail":"Request line and headers are too large.","request_id":"","errors":[]}'
+)
+
+
+async def _head_too_large(_scope: Any, _receive: Any, send: Any) -> None:
+    headers = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(TOO_LARGE)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": 431, "headers": headers})
+    await send({"type": "http.response.body", "body": TOO_LARGE})
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn with our signals: the first SIGTERM drains."""
+
+    def __init__(self, config: uvicorn.Config, app: Application, drain_s: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_s = drain_s
+        self._stop_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and self._stop_at is None and self._drain_s > 0 and self.started:
+            self._stop_at = time.monotonic() + self._drain_s
+            start_draining(self._app)
+            return
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        start_draining(self._app)
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            return True
+        return await super().on_tick(counter)
+
+
+async def serve_uvicorn(
+    app: Application, settings: Settings, wires: list[socket.socket], drain_s: float
+) -> None:
+    config = uvicorn.Config(
+        app,
+        http=http_protocol(settings),
+        ws="none",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies or None,
+        backlog=settings.listen_backlog,
+        timeout_keep_alive=max(1, round(settings.keep_alive_s)),
+        timeout_graceful_shutdown=max(1, round(settings.close_within_s)),
+    )
+    config.load()
+    config.lifespan_class = Lifespan
+    server = _Uvicorn(config, app, drain_s)
+    try:
+        await server.serve(sockets=wires)
+    except SystemExit:
+        if not isinstance(server.lifespan, Lifespan) or server.lifespan.failure is None:
+            raise
+    if isinstance(server.lifespan, Lifespan) and server.lifespan.failure is not None:
+        raise server.lifespan.failure
+
+
+async def serve_granian(app: Application, settings: Settings, host: str, port: int, drain_s: float) -> None:
+    """The same on granian, which binds the port itself (SO_REUSEPORT on Linux) and answers HTTP in Rust threads."""
+    from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
+    from granian.server.embed import Server
+
+    config = uvicorn.Config(app, interface="asgi3", log_config=None, access_log=False)
+    config.load()
+    lifespan = Lifespan(config)
+    await lifespan.startup()
+    if lifespan.failure is not None:
+        raise lifespan.failure
+    server = Server(
+        app,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGINL,  # our own Lifespan has run already
+        http=HTTPModes.http1,
+        websockets=False,
+        backlog=settings.listen_backlog,
+        log_enabled=False,
+        log_access=False,
+        http1_settings=HTTP1Settings(
+            header_read_timeout=round(settings.head_within_s * 1000),
+            max_buffer_size=max(8192, settings.head_max_bytes),
+        ),
+    )
+    loop = asyncio.get_running_loop()
+    stop: Callable[[], None] = server.stop
+    draining = False
+
+    def on_term() -> None:
+        nonlocal draining
+        start_draining(app)
+        if draining:
+            stop()
+        else:
+            draining = True
+            loop.call_later(drain_s, stop)
+
+    def on_interrupt() -> None:
+        start_draining(app)
+        stop()
+
+    loop.add_signal_handler(signal.SIGTERM, on_term)
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    await server.serve()
+    await lifespan.shutdown()
+
+
+def run(work: Awaitable[None]) -> None:
+    """Run one coroutine on uvloop until it ends."""
+
+    async def main() -> None:
+        await work
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+def serve(
+    what: str,
+    create_app: Callable[[Settings], Any],
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    fd: int | None = None,
+    drain_s: float = 0.0,
+    server: str = "uvicorn",
+) -> None:
+    """Serve `create_app(settings)` until a signal ends it.
+
+    fd: a listening socket that the parent opened, instead of host and port. CannotStart: one sentence says why.
+    """
+    if server == "granian":
+        # A look first: granian would share the port with another process, or panic in Rust.
+        listen(host, port, 1, what=what, option=f"--{what}-port", share=True).close()
+        run(serve_granian(create_app(settings), settings, host, port, drain_s))
+        return
+    if fd is not None:
+        wire = socket.socket(fileno=fd)
+    else:
+        wire = listen(host, port, settings.listen_backlog, what=what, option="--port")
+        address = wire.getsockname()
+        sys.stderr.write(f"{what}: http://{address[0]}:{address[1]}\n")
+    run(serve_uvicorn(create_app(settings), settings, [wire], drain_s))

@@ -1,0 +1,689 @@
+"""`fairdrop up`: every process of a small installation under one parent, on one machine.
+
+The order is the point. First everything that can refuse without having done anything: the data directory and its
+lock, the ports (kept open from then on, so that a child which is started again finds its port, and connections wait in
+the kernel meanwhile), real servers named by URL. Only then stores, migrations, sandbox, worker, office, front.
+urls.json is written when all have answered; whatever dies after that is started again, after a pause that grows while
+it keeps dying.
+
+    CannotStart, exit 2           one sentence, and nothing is left running
+    SIGTERM or Ctrl-C, exit 0     front, office, worker, sandbox, then the stores; urls.json goes first
+
+Everything here is synchronous and in the main thread: the kernel ends a child with the thread that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import http.client
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Protocol
+from urllib.parse import urlsplit
+
+from app.embedded import (
+    REDIS_LEAST,
+    VALKEY_LEAST,
+    Postgres,
+    Valkey,
+    find_postgres,
+    find_valkey,
+    launch_command,
+    make_folder,
+    open_log,
+    secret_in,
+    write_private,
+)
+from app.errors import CannotStart
+from app.serve import listen, listen_together
+from app.settings import Settings
+from app.telemetry import MULTIPROCESS_DIR, forget_process, prepare_metrics
+
+ANSWERS_WITHIN_S = 60.0  # a process that has not answered /healthz by then never will
+STOPS_WITHIN_S = 15.0  # beyond drain_s and close_within_s; then it is killed
+LOOK_EVERY_S = 0.1
+BACKOFF_FIRST_S = 0.2
+BACKOFF_MAX_S = 10.0
+HEALTHY_AFTER_S = 30.0  # a process that lived this long starts with a short pause again
+REDIS_ANSWERS_WITHIN_S = 5.0
+
+# Secrets that `up` makes once (development), and how: FAIRDROP_<NAME>_FILE points children to them.
+MADE_SECRETS: dict[str, Callable[[], str]] = {
+    "signing_keys": lambda: secrets.token_urlsafe(48),
+    "pii_keys": lambda: secrets.token_hex(32),
+    "jwt_secret": lambda: secrets.token_urlsafe(48),
+    "operator_key": lambda: secrets.token_urlsafe(32),
+    "sandbox_secret": lambda: secrets.token_urlsafe(32),
+}
+
+
+def secrets_dir(data_dir: Path) -> Path:
+    return data_dir / "secrets"
+
+
+def made_secrets(data_dir: Path) -> dict[str, Path]:
+    """The files with the development secrets of this data directory, as far as they exist."""
+    files = {name: secrets_dir(data_dir) / name for name in MADE_SECRETS}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def read_urls(data_dir: Path) -> dict[str, object]:
+    """What a running `up` wrote. CannotStart: there is none."""
+    path = data_dir / "urls.json"
+    try:
+        found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CannotStart(
+            f"no {path}: start `fairdrop up` first, or name the office with FAIRDROP_OFFICE_URL"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CannotStart(f"{path} cannot be read: {error}") from error
+    return found
+
+
+class Stopped(Exception):
+    """A signal asked for the end while things were being started."""
+
+
+class Runs(Protocol):
+    """A child: a store or one of our processes."""
+
+    name: str
+
+    @property
+    def pid(self) -> int: ...
+    def running(self) -> bool: ...
+    def prepare(self) -> None: ...
+    def spawn(self) -> None: ...
+    def ready(self) -> bool: ...
+    def complaint(self) -> str: ...
+    def kill(self) -> None: ...
+    def stop(self, within_s: float = STOPS_WITHIN_S) -> None: ...
+
+
+class Process:
+    """One of our own processes: `python -m app.cli NAME`, which answers /healthz at `url`."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        url: str,
+        log_path: Path | None,
+        environment: Mapping[str, str],
+        wire: socket.socket | None = None,
+        metrics_dir: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.url = url
+        self.log_path = log_path
+        self.process: subprocess.Popen[bytes] | None = None
+        self._arguments = arguments
+        self._environment = dict(environment)
+        self._wire = wire
+        self._metrics_dir = metrics_dir
+        self._log_from = 0
+
+    @property
+    def pid(self) -> int:
+        if self.process is None:
+            raise RuntimeError(f"{self.name} was not started")
+        return self.process.pid
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def prepare(self) -> None:
+        """Forget the gauges of the process that ended."""
+        if self.process is not None and self._metrics_dir is not None:
+            forget_process(self.process.pid, self._metrics_dir)
+
+    def spawn(self) -> None:
+        command = [sys.executable, "-m", "app.cli", *self._arguments]
+        fds: tuple[int, ...] = ()
+        if self._wire is not None:
+            fds = (self._wire.fileno(),)
+            command += ["--fd", str(fds[0])]
+        with contextlib.ExitStack() as stack:
+            log = None  # the parent's own output
+            if self.log_path is not None:
+                log = stack.enter_context(open_log(self.log_path))
+                self._log_from = log.seek(0, os.SEEK_END)
+            self.process = subprocess.Popen(
+                launch_command(command, signal.SIGKILL),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                pass_fds=fds,
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent, which stops things in order
+            )
+
+    def ready(self) -> bool:
+        return answers(self.url)
+
+    def complaint(self) -> str:
+        """Its last line: the commands end with one sentence when they cannot start."""
+        if self.log_path is None:
+            return f"status {self.process.returncode if self.process else '?'}"
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._log_from)
+                lines = log.read(200_000).decode("utf-8", "replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1].strip() if lines else "it said nothing"
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self, within_s: float = STOPS_WITHIN_S) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def answers(url: str, path: str = "/healthz", within_s: float = 1.0) -> bool:
+    """Whether a GET is answered with 200 in time."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=within_s)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+@dataclass
+class Watched:
+    """A child under supervision, and when it may be started again."""
+
+    child: Runs
+    started_at: float = field(default_factory=time.monotonic)
+    pause_s: float = BACKOFF_FIRST_S
+    due_at: float | None = None
+
+
+def restart_if_due(one: Watched, say: Callable[[str], None]) -> bool:
+    """Start a child that died, after its pause; the pause doubles while it keeps dying. True: it was started now."""
+    now = time.monotonic()
+    if one.child.running():
+        return False
+    if one.due_at is None:
+        if now - one.started_at > HEALTHY_AFTER_S:
+            one.pause_s = BACKOFF_FIRST_S
+        one.due_at = now + one.pause_s
+        say(f"{one.child.name} ended ({one.child.complaint()}); starting it again in {one.pause_s:.1f} s")
+        one.pause_s = min(one.pause_s * 2, BACKOFF_MAX_S)
+        return False
+    if now < one.due_at:
+        return False
+    try:
+        one.child.prepare()
+        one.child.spawn()
+    except (CannotStart, OSError) as error:
+        say(f"{one.child.name} does not start: {error}; trying again in {one.pause_s:.1f} s")
+        one.due_at = now + one.pause_s
+        one.pause_s = min(one.pause_s * 2, BACKOFF_MAX_S)
+        return False
+    one.started_at, one.due_at = time.monotonic(), None
+    return True
+
+
+def lan_address() -> str:
+    """This machine's address in the local network (nothing is sent: connecting a UDP socket only picks a route)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1
+        except OSError:
+            return "127.0.0.1"
+        address: str = probe.getsockname()[0]
+        return address
+
+
+class Up:
+    """Everything that one `fairdrop up` runs."""
+
+    def __init__(self, settings: Settings, *, lan: bool = False, out: IO[str] | None = None) -> None:
+        self.settings = settings
+        self.data_dir = settings.data_dir.absolute()
+        self.lan = lan
+        self.out = out if out is not None else sys.stdout
+        self.urls: dict[str, object] = {}
+        self._stores: list[Valkey | Postgres] = []
+        self._processes: list[Process] = []
+        self._wires: list[socket.socket] = []
+        self._lock: IO[str] | None = None
+        self._asked_to_stop = False
+
+    # --- from outside
+
+    def run(self) -> None:
+        """Start, supervise until a signal, stop. CannotStart: one sentence, and nothing is left running."""
+        before = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.start()
+            self.supervise()
+        except Stopped:
+            pass
+        finally:
+            self.stop()
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def _on_signal(self, _sig: int, _frame: FrameType | None) -> None:
+        self._asked_to_stop = True
+
+    def _say(self, text: str) -> None:
+        self.out.write(text + "\n")
+        self.out.flush()
+
+    # --- starting
+
+    def start(self) -> None:
+        self._take_data_dir()
+        self._open_ports()
+        self._make_secrets()
+        self._check_real_servers()
+        redis_url, database_url = self._start_stores()
+        self._migrate(database_url)
+        self._start_processes(redis_url, database_url)
+        self._write_urls(redis_url, database_url)
+        self._announce()
+
+    def _take_data_dir(self) -> None:
+        """Make the directory and lock it. The lock goes with the process, also with one that is killed."""
+        try:
+            make_folder(self.data_dir)
+            lock = (self.data_dir / "up.lock").open("a+", encoding="ascii")
+        except OSError as error:
+            raise CannotStart(
+                f"cannot write to the data directory {self.data_dir}: {error.strerror}; choose another with --data-dir"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "?"
+            lock.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise CannotStart(f"cannot lock {self.data_dir}: {error.strerror}") from error
+            raise CannotStart(f"another `fairdrop up` (process {holder}) uses {self.data_dir}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+        (self.data_dir / "urls.json").unlink(missing_ok=True)  # of an `up` that was killed
+        for name in ("logs", "secrets"):
+            folder = self.data_dir / name
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
+
+    def _open_ports(self) -> None:
+        """Bind every port before anything else is started; children inherit the sockets."""
+        s = self.settings
+        public, office = (s.front_host, s.office_host) if not self.lan else ("0.0.0.0", "0.0.0.0")
+        sandbox = s.sandbox_host if not self.lan else "0.0.0.0"
+        backlog = s.listen_backlog
+        if s.server == "granian":
+            # It binds by itself; the look tells us that it can, and fixes the port.
+            with contextlib.closing(
+                listen(public, s.front_port, 1, what="front", option="--front-port")
+            ) as look:
+                self.front_port = look.getsockname()[1]
+            self._front_wires: list[socket.socket] = []
+        else:
+            self._front_wires = listen_together(
+                public, s.front_port, backlog, s.front_workers, what="front", option="--front-port"
+            )
+            self._wires += self._front_wires
+            self.front_port = self._front_wires[0].getsockname()[1]
+        self._office_wire = listen(office, s.office_port, backlog, what="office", option="--office-port")
+        self._wires.append(self._office_wire)
+        self._sandbox_wire = listen(sandbox, s.sandbox_port, backlog, what="sandbox", option="--sandbox-port")
+        self._wires.append(self._sandbox_wire)
+        with contextlib.closing(
+            listen(s.worker_host, s.worker_port, 1, what="worker", option="--worker-port")
+        ) as look:
+            self.worker_port: int = look.getsockname()[1]
+        self.office_port: int = self._office_wire.getsockname()[1]
+        self.sandbox_port: int = self._sandbox_wire.getsockname()[1]
+
+    def _make_secrets(self) -> None:
+        """Write the secrets that are neither set nor made yet; they stay, so tickets and contacts stay readable."""
+        for name, make in MADE_SECRETS.items():
+            file = secrets_dir(self.data_dir) / name
+            if not getattr(self.settings, name).get_secret_value() and not file.is_file():
+                write_private(file, make() + "\n")
+
+    def _check_real_servers(self) -> None:
+        if self.settings.redis_url:
+            check_redis(self.settings.redis_url)
+        if self.settings.database_url:
+            from app.ledger import migrate
+
+            migrate.pending(self.settings.database_url)  # connects, and checks the version
+
+    def _start_stores(self) -> tuple[str, str]:
+        """Start what no URL names. Returns the URLs of both."""
+        stores: list[Valkey | Postgres] = []
+        logs = self.data_dir / "logs"
+        redis_url, database_url = self.settings.redis_url, self.settings.database_url
+        if not redis_url:
+            server = find_valkey()
+            password = secret_in(secrets_dir(self.data_dir) / "redis_password")
+            stores.append(
+                Valkey(self.data_dir / "valkey", password, server=server, log_path=logs / "valkey.log")
+            )
+        if not database_url:
+            bin_dir = find_postgres()
+            password = secret_in(secrets_dir(self.data_dir) / "database_password")
+            stores.append(
+                Postgres(
+                    self.data_dir / "postgres", password, bin_dir=bin_dir, log_path=logs / "postgres.log"
+                )
+            )
+        for store in stores:
+            self._stop_if_asked()
+            self._stores.append(store)
+            store.start()
+            if isinstance(store, Valkey):
+                redis_url = store.url
+            else:
+                database_url = store.url
+        return redis_url, database_url
+
+    def _migrate(self, database_url: str) -> None:
+        self._stop_if_asked()
+        from app.ledger import migrate
+
+        migrate.upgrade(database_url)
+
+    def _environment(self, redis_url: str, database_url: str) -> dict[str, str]:
+        """What every child is told. What the user has set stays."""
+        s = self.settings
+        given = {name: value for name, value in os.environ.items() if name != MULTIPROCESS_DIR}
+        made = made_secrets(self.data_dir)
+        told = {
+            "FAIRDROP_ENV": "development",
+            "FAIRDROP_DATA_DIR": str(self.data_dir),
+            "FAIRDROP_REDIS_URL": redis_url,
+            "FAIRDROP_DATABASE_URL": database_url,
+            "FAIRDROP_OFFICE_URL": s.office_url or f"http://127.0.0.1:{self.office_port}",
+            "FAIRDROP_SANDBOX_URL": f"http://127.0.0.1:{self.sandbox_port}",
+            "FAIRDROP_PUBLIC_URL": s.public_url or self._public_url(),
+            "FAIRDROP_WORKER_HOST": s.worker_host,
+            "FAIRDROP_WORKER_PORT": str(self.worker_port),
+            "FAIRDROP_OFFICE_PORT": str(self.office_port),
+            "FAIRDROP_FRONT_PORT": str(self.front_port),
+            "FAIRDROP_SANDBOX_PORT": str(self.sandbox_port),
+            "FAIRDROP_FRONT_WORKERS": "1",
+            "FAIRDROP_SERVER": s.server,
+            "FAIRDROP_LOG_LEVEL": s.log_level,
+            # No load balancer looks at /readyz here; who stops `up` wants it to stop.
+            "FAIRDROP_DRAIN_S": os.environ.get("FAIRDROP_DRAIN_S", "0"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        for name, file in made.items():
+            if not getattr(s, name).get_secret_value():
+                told[f"FAIRDROP_{name.upper()}_FILE"] = str(file)
+        return {**given, **told}
+
+    def _public_url(self) -> str:
+        return f"http://{lan_address() if self.lan else '127.0.0.1'}:{self.front_port}"
+
+    def _start_processes(self, redis_url: str, database_url: str) -> None:
+        environment = self._environment(redis_url, database_url)
+        logs = self.data_dir / "logs"
+
+        def process(name: str, port: int, wire: socket.socket | None = None) -> Process:
+            return Process(name, [name], f"http://127.0.0.1:{port}", logs / f"{name}.log", environment, wire)
+
+        self._processes = [
+            process("sandbox", self.sandbox_port, self._sandbox_wire),
+            process("worker", self.worker_port),
+            process("office", self.office_port, self._office_wire),
+        ]
+        count = self.settings.front_workers
+        metrics_dir = self.data_dir / "metrics" / "front"
+        if count > 1:
+            prepare_metrics(metrics_dir)
+            environment = {**environment, MULTIPROCESS_DIR: str(metrics_dir)}
+        for number in range(count):
+            name = "front" if count == 1 else f"front-{number + 1}"
+            arguments = ["front"]
+            if not self._front_wires:
+                arguments += ["--host", "0.0.0.0" if self.lan else self.settings.front_host]
+            self._processes.append(
+                Process(
+                    name,
+                    arguments,
+                    f"http://127.0.0.1:{self.front_port}",
+                    logs / f"{name}.log",
+                    environment,
+                    self._front_wires[number] if self._front_wires else None,
+                    metrics_dir if count > 1 else None,
+                )
+            )
+        for one in self._processes:
+            self._stop_if_asked()
+            one.spawn()
+        deadline = time.monotonic() + ANSWERS_WITHIN_S
+        for one in self._processes:
+            while not one.ready():
+                self._stop_if_asked()
+                for other in self._processes:
+                    if not other.running():
+                        raise CannotStart(f"{other.name} ended: {other.complaint()} (see {other.log_path})")
+                if time.monotonic() > deadline:
+                    raise CannotStart(
+                        f"{one.name} did not answer within {ANSWERS_WITHIN_S:.0f} s (see {one.log_path})"
+                    )
+                time.sleep(0.05)
+
+    def _stop_if_asked(self) -> None:
+        if self._asked_to_stop:
+            raise Stopped
+
+    def _write_urls(self, redis_url: str, database_url: str) -> None:
+        key = self.settings.operator_key.get_secret_value() or secret_in(
+            secrets_dir(self.data_dir) / "operator_key"
+        )
+        self.urls = {
+            "front": f"http://127.0.0.1:{self.front_port}",
+            "office": f"http://127.0.0.1:{self.office_port}",
+            "worker": f"http://127.0.0.1:{self.worker_port}",
+            "sandbox": f"http://127.0.0.1:{self.sandbox_port}",
+            "redis": redis_url,
+            "database": database_url,
+            "operator_key": key,
+        }
+        self._publish_urls()
+
+    def _publish_urls(self) -> None:
+        children: list[Runs] = [*self._stores, *self._processes]
+        pids = {child.name.lower(): child.pid for child in children} | {"up": os.getpid()}
+        document = {**self.urls, "pids": pids}
+        write_private(self.data_dir / "urls.json", json.dumps(document, indent=2) + "\n")
+
+    def _announce(self) -> None:
+        lines = [
+            f"front    {self._public_url()}",
+            f"office   {self.urls['office']}",
+            f"sandbox  {self.urls['sandbox']}",
+        ]
+        lines += [f"worker   {self.urls['worker']}", f"data     {self.data_dir} (urls.json, logs/, secrets/)"]
+        self._say("\n".join(["Fairdrop is up.", *lines, "Ctrl-C stops it."]))
+
+    # --- running
+
+    def supervise(self) -> None:
+        """Start again whatever dies, until a signal asks for the end."""
+        watched = [Watched(child) for child in (*self._stores, *self._processes)]
+        while not self._asked_to_stop:
+            for one in watched:
+                if restart_if_due(one, self._say):
+                    self._publish_urls()
+            time.sleep(LOOK_EVERY_S)
+
+    # --- stopping
+
+    def stop(self) -> None:
+        """Stop everything, buyers' side first: nobody is served by half an installation. Safe to call at any time."""
+        if self._lock is None:
+            self._close_wires()
+            return  # the directory is another `up`'s: its urls.json stays
+        (self.data_dir / "urls.json").unlink(missing_ok=True)
+        self._close_wires()  # nothing new is accepted; children still have their own copies until they end
+        within_s = self.settings.drain_s + self.settings.close_within_s + STOPS_WITHIN_S
+        fronts = [process for process in self._processes if process.name.startswith("front")]
+        for process in fronts:
+            if process.running() and process.process is not None:
+                process.process.terminate()  # all at once, then wait for each
+        by_name = {process.name: process for process in self._processes}
+        for process in (
+            *fronts,
+            *(by_name[name] for name in ("office", "worker", "sandbox") if name in by_name),
+        ):
+            process.stop(within_s)
+        for store in self._stores:
+            store.stop()
+        self._lock.close()
+        self._lock = None
+
+    def _close_wires(self) -> None:
+        for wire in self._wires:
+            wire.close()
+        self._wires.clear()
+
+
+def check_redis(url: str) -> str:
+    """What answers at this address, as a word for people. CannotStart: nothing, the wrong password, or too old."""
+    import redis
+
+    parts = urlsplit(url)
+    try:
+        where = f"{parts.hostname or '127.0.0.1'}:{parts.port or 6379}"
+    except ValueError as error:
+        raise CannotStart(
+            f"FAIRDROP_REDIS_URL must look like redis://:password@host:port/0 ({error})"
+        ) from error
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise CannotStart(
+            "FAIRDROP_REDIS_URL must look like redis://:password@host:port/0 (or rediss://, unix://)"
+        )
+    try:
+        client = redis.Redis.from_url(
+            url,
+            socket_timeout=REDIS_ANSWERS_WITHIN_S,
+            socket_connect_timeout=REDIS_ANSWERS_WITHIN_S,
+            retry=None,
+        )
+        with contextlib.closing(client):
+            said = client.info("server")
+    except redis.AuthenticationError as error:
+        raise CannotStart(f"Redis at {where} refuses the password of FAIRDROP_REDIS_URL: {error}") from error
+    except (redis.RedisError, OSError) as error:
+        raise CannotStart(
+            f"cannot reach Redis at {where} (FAIRDROP_REDIS_URL): {_first_line(error)}"
+        ) from error
+    except ValueError as error:
+        raise CannotStart(f"FAIRDROP_REDIS_URL: {error}") from error
+    kind, least = "Valkey", VALKEY_LEAST
+    number = str(said.get("valkey_version") or "")
+    if not number:
+        kind, least, number = "Redis", REDIS_LEAST, str(said.get("redis_version") or "0")
+    if tuple(int(part) for part in number.split(".") if part.isdigit()) < least:
+        raise CannotStart(f"{kind} {least[0]} or newer is needed; the one at {where} is {number}")
+    return f"{kind} {number}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def run_fronts(settings: Settings, host: str, port: int) -> None:
+    """`fairdrop front` with several processes: open their sockets, run them, start again what dies, until SIGTERM.
+
+    CannotStart: the port is in use, or a process ended before it answered.
+    """
+    stopping = False
+
+    def on_signal(_sig: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    before = {sig: signal.signal(sig, on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
+    count = settings.front_workers
+    environment = {**os.environ, "FAIRDROP_FRONT_WORKERS": "1"}
+    metrics_dir = Path(os.environ.get(MULTIPROCESS_DIR) or tempfile.mkdtemp(prefix="fairdrop-metrics-"))
+    prepare_metrics(metrics_dir)
+    environment[MULTIPROCESS_DIR] = str(metrics_dir)
+    wires: list[socket.socket] = []
+    arguments = ["front", "--host", host]
+    if settings.server == "granian":
+        with contextlib.closing(listen(host, port, 1, what="front", option="--port")) as look:
+            arguments += ["--port", str(look.getsockname()[1])]
+    else:
+        wires = listen_together(host, port, settings.listen_backlog, count, what="front", option="--port")
+    fronts = [
+        Process(
+            f"front-{number + 1}",
+            arguments,
+            "",
+            None,
+            environment,
+            wires[number] if wires else None,
+            metrics_dir,
+        )
+        for number in range(count)
+    ]
+    watched = [Watched(front) for front in fronts]
+    try:
+        for front in fronts:
+            front.spawn()
+        while not stopping:
+            for one in watched:
+                if not one.child.running() and time.monotonic() - one.started_at < HEALTHY_AFTER_S:
+                    status = (
+                        one.child.process.returncode
+                        if isinstance(one.child, Process) and one.child.process
+                        else 0
+                    )
+                    if (
+                        status == 2 and one.pause_s == BACKOFF_FIRST_S
+                    ):  # it has said why, on our standard error
+                        raise CannotStart(f"{one.child.name} cannot start")
+                restart_if_due(one, lambda text: print(text, file=sys.stderr))
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        for front in fronts:
+            if front.process is not None and front.running():
+                front.process.terminate()
+        for front in fronts:
+            front.stop(settings.drain_s + settings.close_within_s + STOPS_WITHIN_S)
+        for wire in wires:
+            wire.close()
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
