@@ -49,8 +49,8 @@ SETTLE_WITHIN_S = 25.0  # after closing: the last deadlines, refunds and SMS
 START_WITHIN_S = 90.0  # `up` makes a database cluster the first time
 STOP_WITHIN_S = 20.0
 SKU = "PH-128"
-# How the suppliers behave in this sale: calls fail now and then, each call-back comes twice and in any order, one in ten
-# has a forged copy, and a link that has ended can still be paid (the money must go back).
+# How the suppliers behave in this sale: calls fail now and then, each call-back comes twice and in any order, one in
+# ten has a forged copy, and a link that has ended can still be paid (the money must go back).
 MISBEHAVIOUR: dict[str, Any] = {
     "payments": {"error_rate": 0.03, "latency_ms": 5, "jitter_ms": 20},
     "sms": {"error_rate": 0.03},

@@ -4,8 +4,8 @@
 
 Starts `fairdrop up` and, beside it, R1 (an empty raw-ASGI POST) and R2 (an empty FastAPI JSON route with a model) on
 the same server program with the same number of processes. All are measured in turn, round after round, so that a
-machine that gets slower is slower for all. With one front process it has a core to itself and everything else, the generator
-included, has the other.
+machine that gets slower is slower for all. With one front process it has a core to itself and everything else, the
+generator included, has the other.
 
 CPU time comes from /proc/PID/stat of each process (Linux). A round whose generator used more than 95 % of a core is
 void and repeated. `wrk` sends the requests where it is installed, else loadtest/generator.py.
