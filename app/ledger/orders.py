@@ -1,5 +1,5 @@
 # ruff: noqa: S608 - what is put into the SQL text are constants of this module; every value is a parameter
-"""Orders: who owns what. Every step is guarded by the state it leaves, and writes its event, SMS and outbox rows itself.
+"""Orders: who owns what. Each step is guarded by the state it leaves and writes its event, SMS and outbox rows itself.
 
 Each function runs in the caller's transaction and takes row locks in one order: purchase_order, then item, then outbox.
 A step that the state guard refuses returns None and changes nothing.
@@ -244,13 +244,17 @@ async def postpone(conn: AsyncConnection, number: str, generation: int, wait_s: 
     )
 
 
-async def ask_to_leave(conn: AsyncConnection, number: str) -> Row | None:
-    """The buyer wants out: the order is cancelled as soon as no payment can arrive.
+async def ask_to_leave(conn: AsyncConnection, number: str, reason: str = "left") -> Row | None:
+    """The buyer (or, with reason `operator`, the shop) wants out: the order is cancelled once no payment can arrive.
 
     None: it is not reserved, or leaving already.
     """
     row = await _one(
-        conn, "leaving = TRUE, version = version + 1", "state = 'reserved' AND NOT leaving", order_no=number
+        conn,
+        "leaving = TRUE, reason = :reason, version = version + 1",
+        "state = 'reserved' AND NOT leaving",
+        order_no=number,
+        reason=reason,
     )
     if row is not None:
         await _mark(conn, row)
@@ -274,10 +278,14 @@ async def expire(conn: AsyncConnection, number: str, generation: int) -> Row | N
 async def cancel(
     conn: AsyncConnection, number: str, reason: str, generation: int | None = None
 ) -> Row | None:
-    """The reserved order ends before payment and its units go back. reason: left, operator, …"""
+    """The reserved order ends before payment and its units go back. reason: left, operator, …
+
+    The reason it was asked to end for, if it was, stands.
+    """
     row = await _one(
         conn,
-        "state = 'cancelled', reason = :reason, ended_at = now(), version = version + 1, leased_until = NULL",
+        "state = 'cancelled', reason = coalesce(reason, :reason), ended_at = now(), version = version + 1,"
+        " leased_until = NULL",
         "state = 'reserved' AND (CAST(:generation AS bigint) IS NULL OR generation = :generation)",
         order_no=number,
         reason=reason,
@@ -292,7 +300,7 @@ async def pay(conn: AsyncConnection, number: str) -> Row | None:
     """The reserved order is paid: its units are sold."""
     row = await _one(
         conn,
-        "state = 'paid', paid_at = now(), version = version + 1, leaving = FALSE, leased_until = NULL",
+        "state = 'paid', paid_at = now(), version = version + 1, leaving = FALSE, reason = NULL, leased_until = NULL",
         "state = 'reserved'",
         order_no=number,
     )
