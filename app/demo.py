@@ -65,7 +65,7 @@ CURRENCY = "CNY"
 
 
 # A standby winner must hear of the unit well before PAY_WITHIN_S is over.
-HURRIED = {"FAIRDROP_POLL_MAX_MS": "2500", "FAIRDROP_EXPIRE_EVERY_MS": "200"}
+HURRIED = {"FAIRDROP_POLL_MAX_MS": "2500", "FAIRDROP_EXPIRE_EVERY_MS": "200", "FAIRDROP_DRAIN_S": "0"}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
         # The stores run as another account and must pass through.
         for path in (folder, folder.parent, folder.parent.parent):
             path.chmod(0o711)
-    servers = Servers(folder, environment={"FAIRDROP_EXPIRE_EVERY_MS": "100", "FAIRDROP_POLL_MAX_MS": "1000"})
+    hurried = {"FAIRDROP_EXPIRE_EVERY_MS": "100", "FAIRDROP_POLL_MAX_MS": "1000", "FAIRDROP_DRAIN_S": "0"}
+    servers = Servers(folder, front_workers=2, environment=hurried)
     try:
         yield asyncio.run(servers.start())
     finally:
