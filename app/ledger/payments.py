@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
 
+import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.ledger import orders
 
 Row = dict[str, Any]
 
@@ -27,3 +31,564 @@ async def newest_attempts(conn: AsyncConnection, order_nos: Sequence[str]) -> di
         {"order_nos": list(order_nos)},
     )
     return {row["order_no"]: dict(row) for row in found.mappings()}
+
+
+# Attempts
+#
+# created ──► sent ──► succeeded        wanted: asked for while another is open; becomes created when that one is closed
+#    │  └► unknown ─► closed            unknown: the supplier may have it; query, then close, before anything else
+#    └► failed    └► succeeded          failed: declined or refused; closed: the link has ended, or was never made
+#
+# `sent_at` is written when an attempt is leased to be sent (before the call): a row in state created with `sent_at` set
+# and its lease run out belonged to a worker that died in the middle of the call.
+
+ATTEMPTS_MAX = 20  # of one order; a buyer who has asked for twenty links needs a person, not another link
+
+_LEASE = (
+    "WITH due AS (SELECT id, sent_at FROM payment_attempt WHERE {which}"
+    " AND (leased_until IS NULL OR leased_until < now()) ORDER BY next_at LIMIT :limit FOR UPDATE SKIP LOCKED),"
+    " leased AS (UPDATE payment_attempt AS a SET leased_until = now() + make_interval(secs => :lease_s),"
+    " generation = a.generation + 1, tries = a.tries + 1,"
+    " sent_at = CASE WHEN a.state = 'created' THEN coalesce(a.sent_at, now()) ELSE a.sent_at END"
+    " FROM due WHERE a.id = due.id RETURNING a.*, due.sent_at AS was_sent_at)"
+    " SELECT leased.id, leased.order_no, leased.attempt_no, leased.provider, leased.channel, leased.state, leased.kind,"
+    " leased.return_url, leased.payer, leased.provider_ref, leased.amount_minor, leased.currency, leased.created_at,"
+    " leased.expires_at, leased.tries, leased.generation, leased.was_sent_at, leased.code, now() AS now,"
+    " o.state AS order_state, o.leaving, o.sale, o.pay_by, i.title,"
+    " coalesce(o.pay_by, now() + make_interval(secs => o.pay_within_s)) AS link_until"
+    " FROM leased JOIN purchase_order o ON o.order_no = leased.order_no"
+    " JOIN item i ON i.sale = o.sale AND i.sku = o.sku"
+)
+# The lists are written out so that Postgres sees that the partial index `attempts_due` holds every such row.
+_TO_START = _LEASE.format(
+    which="state IN ('wanted', 'created', 'unknown') AND provider = :provider AND next_at <= now()"
+)
+_TO_POLL = _LEASE.format(which="state = 'sent' AND provider = :provider AND next_at <= now()")
+_ONE = _LEASE.format(which="id = :id AND state IN ('wanted', 'created', 'sent', 'unknown')")
+
+
+async def lease_starts(conn: AsyncConnection, provider: str, limit: int, lease_s: float) -> list[Row]:
+    """Take due attempts that need a link, or whose fate is unknown, with what a link needs to know of the order."""
+    found = await conn.execute(
+        text(_TO_START), {"provider": provider, "limit": limit, "lease_s": float(lease_s)}
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def lease_polls(conn: AsyncConnection, provider: str, limit: int, lease_s: float) -> list[Row]:
+    """Take attempts with a link that are due for a look: its call-back may be lost, or its time over."""
+    found = await conn.execute(
+        text(_TO_POLL), {"provider": provider, "limit": limit, "lease_s": float(lease_s)}
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def lease_one(conn: AsyncConnection, attempt_id: str, lease_s: float) -> Row | None:
+    """Take this attempt. None: another worker holds it, or it has ended."""
+    found = await conn.execute(text(_ONE), {"id": attempt_id, "limit": 1, "lease_s": float(lease_s)})
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def attempt(conn: AsyncConnection, attempt_id: str) -> Row | None:
+    """One attempt as it is."""
+    found = await conn.execute(
+        text(f"SELECT {ATTEMPT_COLUMNS} FROM payment_attempt WHERE id = :id"), {"id": attempt_id}
+    )
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def unended(conn: AsyncConnection, order_no: str) -> list[Row]:
+    """The attempts of an order that may still lead to money, and one that waits for them."""
+    found = await conn.execute(
+        text(
+            f"SELECT {ATTEMPT_COLUMNS} FROM payment_attempt WHERE order_no = :order_no"
+            " AND state IN ('wanted', 'created', 'sent', 'unknown') ORDER BY attempt_no"
+        ),
+        {"order_no": order_no},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def has_open(conn: AsyncConnection, order_no: str) -> bool:
+    """Whether money may still arrive for this order. Ask inside the transaction that ends it, with the order locked."""
+    found = await conn.execute(
+        text(
+            "SELECT EXISTS (SELECT FROM payment_attempt WHERE order_no = :order_no"
+            " AND state IN ('created', 'sent', 'unknown'))"
+        ),
+        {"order_no": order_no},
+    )
+    return bool(found.scalar_one())
+
+
+async def add_attempt(
+    conn: AsyncConnection,
+    order: Row,
+    *,
+    provider: str,
+    channel: str,
+    return_url: str | None,
+    payer: Mapping[str, Any] | None,
+    state: str,
+) -> str | None:
+    """One more attempt of a locked order, due now: `created`, or `wanted` while another is open. None: too many."""
+    found = await conn.execute(
+        text(
+            "INSERT INTO payment_attempt (id, order_no, attempt_no, provider, channel, state, return_url, payer,"
+            " amount_minor, currency) SELECT CAST(:order_no AS text) || '-' || n, :order_no, n, :provider, :channel,"
+            " :state, :return_url, CAST(:payer AS jsonb), :amount_minor, :currency"
+            " FROM (SELECT coalesce(max(attempt_no), 0) + 1 AS n FROM payment_attempt"
+            " WHERE order_no = :order_no) AS last WHERE n <= :most RETURNING id"
+        ),
+        {
+            "order_no": order["order_no"],
+            "provider": provider,
+            "channel": channel,
+            "state": state,
+            "return_url": return_url,
+            "payer": None if payer is None else msgspec.json.encode(payer).decode(),
+            "amount_minor": order["amount_minor"],
+            "currency": order["currency"],
+            "most": ATTEMPTS_MAX,
+        },
+    )
+    made = found.scalar_one_or_none()
+    return None if made is None else str(made)
+
+
+async def redirect_wanted(
+    conn: AsyncConnection,
+    attempt_id: str,
+    *,
+    provider: str,
+    channel: str,
+    return_url: str | None,
+    payer: Mapping[str, Any] | None,
+) -> None:
+    """An attempt that still waits goes through another channel: the buyer has changed their mind again."""
+    await conn.execute(
+        text(
+            "UPDATE payment_attempt SET provider = :provider, channel = :channel, return_url = :return_url,"
+            " payer = CAST(:payer AS jsonb), generation = generation + 1, leased_until = NULL, next_at = now()"
+            " WHERE id = :id AND state = 'wanted'"
+        ),
+        {
+            "id": attempt_id,
+            "provider": provider,
+            "channel": channel,
+            "return_url": return_url,
+            "payer": None if payer is None else msgspec.json.encode(payer).decode(),
+        },
+    )
+
+
+async def store_link(
+    conn: AsyncConnection,
+    held: tuple[str, int],
+    *,
+    kind: str,
+    url: str | None,
+    params: Mapping[str, Any] | None,
+    provider_ref: str | None,
+    expires_at: datetime,
+    look_in_s: float,
+) -> bool:
+    """The attempt has its link; it is looked at again after `look_in_s`. False: the lease `held` is no longer ours."""
+    return await _change(
+        conn,
+        "state = 'sent', kind = :kind, url = :url, params = CAST(:params AS jsonb), provider_ref = :provider_ref,"
+        " expires_at = :expires_at, code = NULL, tries = 0, leased_until = NULL,"
+        " next_at = now() + make_interval(secs => :look_in_s)",
+        held,
+        kind=kind,
+        url=url,
+        params=None if params is None else msgspec.json.encode(params).decode(),
+        provider_ref=provider_ref,
+        expires_at=expires_at,
+        look_in_s=look_in_s,
+    )
+
+
+async def wait(
+    conn: AsyncConnection, held: tuple[str, int], state: str, wait_s: float, code: str | None = None
+) -> bool:
+    """The attempt is looked at again after `wait_s`, in this state. False: the lease is no longer ours."""
+    return await _change(
+        conn,
+        "state = :state, code = coalesce(:code, code), leased_until = NULL,"
+        " next_at = now() + make_interval(secs => :wait_s)",
+        held,
+        state=state,
+        code=code,
+        wait_s=wait_s,
+    )
+
+
+async def start(conn: AsyncConnection, held: tuple[str, int], wait_s: float = 0.0) -> bool:
+    """The attempt is to be sent (again) after `wait_s`, and certainly was not sent so far."""
+    return await _change(
+        conn,
+        "state = 'created', sent_at = NULL, leased_until = NULL, next_at = now() + make_interval(secs => :wait_s)",
+        held,
+        wait_s=wait_s,
+    )
+
+
+async def end(conn: AsyncConnection, held: tuple[str, int], state: str, code: str | None) -> bool:
+    """The attempt has ended (closed, failed, succeeded). False: the lease is no longer ours."""
+    return await _change(
+        conn,
+        "state = :state, code = :code, ended_at = now(), leased_until = NULL",
+        held,
+        state=state,
+        code=code,
+    )
+
+
+async def end_by_hook(conn: AsyncConnection, attempt_id: str, state: str, code: str) -> bool:
+    """The supplier says that this attempt is over; whoever is calling it finds its lease gone."""
+    found = await conn.execute(
+        text(
+            "UPDATE payment_attempt SET state = :state, code = :code, ended_at = now(), leased_until = NULL,"
+            " generation = generation + 1 WHERE id = :id AND state IN ('created', 'sent', 'unknown')"
+        ),
+        {"id": attempt_id, "state": state, "code": code},
+    )
+    return bool(found.rowcount)
+
+
+async def succeed(conn: AsyncConnection, attempt_id: str) -> bool:
+    """The attempt has paid its order. False: another one is still open; it keeps its state until that is closed."""
+    found = await conn.execute(
+        text(
+            "UPDATE payment_attempt AS a SET state = 'succeeded', code = NULL, ended_at = now(), leased_until = NULL,"
+            " generation = generation + 1 WHERE id = :id AND state <> 'succeeded' AND NOT EXISTS (SELECT FROM"
+            " payment_attempt AS other WHERE other.order_no = a.order_no AND other.id <> a.id"
+            " AND other.state IN ('created', 'sent', 'unknown', 'succeeded'))"
+        ),
+        {"id": attempt_id},
+    )
+    return bool(found.rowcount)
+
+
+async def hasten_wanted(conn: AsyncConnection, order_no: str) -> None:
+    """The attempt that waited for another is due now."""
+    await conn.execute(
+        text("UPDATE payment_attempt SET next_at = now() WHERE order_no = :order_no AND state = 'wanted'"),
+        {"order_no": order_no},
+    )
+
+
+async def look_at_others(conn: AsyncConnection, order_no: str, paid_attempt_id: str) -> None:
+    """The other attempts of a paid order are due now: their links must be closed at the supplier."""
+    await conn.execute(
+        text(
+            "UPDATE payment_attempt SET next_at = now() WHERE order_no = :order_no AND id <> :id"
+            " AND state IN ('wanted', 'created', 'sent', 'unknown')"
+        ),
+        {"order_no": order_no, "id": paid_attempt_id},
+    )
+
+
+async def _change(conn: AsyncConnection, sets: str, held: tuple[str, int], **values: Any) -> bool:
+    found = await conn.execute(
+        text(
+            f"UPDATE payment_attempt SET {sets} WHERE id = :id AND generation = :generation"
+            " AND state IN ('wanted', 'created', 'sent', 'unknown')"
+        ),
+        {**values, "id": held[0], "generation": held[1]},
+    )
+    return bool(found.rowcount)
+
+
+# Call-backs and captures
+
+
+async def inbox_add(
+    conn: AsyncConnection, provider: str, event_id: str, kind: str, body: bytes, outcome: str
+) -> bool:
+    """A verified call-back is on record. False: it was before; do nothing again."""
+    found = await conn.execute(
+        text(
+            "INSERT INTO webhook_inbox (provider, event_id, kind, body, outcome)"
+            " VALUES (:provider, :event_id, :kind, :body, :outcome) ON CONFLICT (provider, event_id) DO NOTHING"
+        ),
+        {"provider": provider, "event_id": event_id, "kind": kind, "body": body, "outcome": outcome},
+    )
+    return bool(found.rowcount)
+
+
+async def capture_add(
+    conn: AsyncConnection,
+    *,
+    provider: str,
+    provider_ref: str,
+    order_no: str,
+    attempt_id: str,
+    amount_minor: int,
+    currency: str,
+    captured_at: datetime,
+) -> int | None:
+    """Money has verifiably arrived: on record as `due`, whatever is decided next. None: it was on record before."""
+    found = await conn.execute(
+        text(
+            "INSERT INTO capture (provider, provider_ref, order_no, attempt_id, amount_minor, currency, state,"
+            " captured_at) VALUES (:provider, :provider_ref, :order_no, :attempt_id, :amount_minor, :currency, 'due',"
+            " :captured_at) ON CONFLICT (provider, provider_ref) DO NOTHING RETURNING id"
+        ),
+        {
+            "provider": provider,
+            "provider_ref": provider_ref,
+            "order_no": order_no,
+            "attempt_id": attempt_id,
+            "amount_minor": amount_minor,
+            "currency": currency,
+            "captured_at": captured_at,
+        },
+    )
+    made = found.scalar_one_or_none()
+    return None if made is None else int(made)
+
+
+CAPTURE_COLUMNS = (
+    "id, provider, provider_ref, order_no, attempt_id, amount_minor, currency, state, captured_at,"
+    " recorded_at"
+)
+
+
+async def capture(conn: AsyncConnection, capture_id: int) -> Row | None:
+    """One capture; locked until the caller's transaction ends."""
+    found = await conn.execute(
+        text(f"SELECT {CAPTURE_COLUMNS} FROM capture WHERE id = :id FOR UPDATE"), {"id": capture_id}
+    )
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def kept_capture(conn: AsyncConnection, order_no: str) -> Row | None:
+    """The capture that pays this order."""
+    found = await conn.execute(
+        text(f"SELECT {CAPTURE_COLUMNS} FROM capture WHERE order_no = :order_no AND state = 'kept'"),
+        {"order_no": order_no},
+    )
+    row = found.mappings().first()
+    return None if row is None else dict(row)
+
+
+async def captures(conn: AsyncConnection, order_no: str) -> list[Row]:
+    """Every capture of an order, oldest first."""
+    found = await conn.execute(
+        text(f"SELECT {CAPTURE_COLUMNS} FROM capture WHERE order_no = :order_no ORDER BY id"),
+        {"order_no": order_no},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def due_captures(conn: AsyncConnection, limit: int) -> list[Row]:
+    """Money that arrived for an ended order and is not weighed yet, oldest first."""
+    found = await conn.execute(
+        text(f"SELECT {CAPTURE_COLUMNS} FROM capture WHERE state = 'due' ORDER BY id LIMIT :limit"),
+        {"limit": limit},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def keep(conn: AsyncConnection, capture_id: int) -> bool:
+    """This capture pays its order. False: it was weighed before."""
+    found = await conn.execute(
+        text("UPDATE capture SET state = 'kept' WHERE id = :id AND state = 'due'"), {"id": capture_id}
+    )
+    return bool(found.rowcount)
+
+
+async def give_back(conn: AsyncConnection, capture_id: int, reason: str) -> bool:
+    """This capture is refunded whole: its refund is due from now on. False: it was weighed before."""
+    found = await conn.execute(
+        text("UPDATE capture SET state = 'refund_due' WHERE id = :id AND state = 'due' RETURNING id"),
+        {"id": capture_id},
+    )
+    if found.scalar_one_or_none() is None:
+        return False
+    await conn.execute(
+        text(
+            "INSERT INTO refund (id, capture_id, order_no, amount_minor, currency, reason, state)"
+            " SELECT 'R' || id || '-1', id, order_no, amount_minor, currency, :reason, 'due'"
+            " FROM capture WHERE id = :id"
+        ),
+        {"id": capture_id, "reason": reason},
+    )
+    return True
+
+
+# Refunds
+
+
+class RefundAsked(NamedTuple):
+    """The refund is on its way; `order` is the row as it is now."""
+
+    refund_id: str
+    order: Row
+
+
+class RefundRefused(NamedTuple):
+    """Nothing changed. code: no_such_order | not_paid | nothing_captured | amount_wrong | restock_needs_whole"""
+
+    code: str
+
+
+async def ask_refund(
+    conn: AsyncConnection, order_no: str, amount_minor: int | None, restock: bool, reason: str
+) -> RefundAsked | RefundRefused:
+    """Money of a paid order goes back: all that is left of it (None), or a part.
+
+    The whole: the order is `refunding`, and `refunded` once the supplier has done it; restock: its units then go back
+    into the sale. A part: the order stays paid, and an adjustment line lowers its amount once it is done.
+    """
+    order = await orders.lock(conn, order_no)
+    if order is None:
+        return RefundRefused("no_such_order")
+    if order["state"] != "paid":
+        return RefundRefused("not_paid")
+    kept = await kept_capture(conn, order_no)
+    if kept is None:
+        return RefundRefused("nothing_captured")
+    found = (
+        await conn.execute(
+            text(
+                "SELECT coalesce(sum(amount_minor) FILTER (WHERE state <> 'failed'), 0) AS asked, count(*) AS made"
+                " FROM refund WHERE capture_id = :id"
+            ),
+            {"id": kept["id"]},
+        )
+    ).one()
+    left = kept["amount_minor"] - int(found.asked)
+    amount = left if amount_minor is None else amount_minor
+    if not 0 < amount <= left:
+        return RefundRefused("amount_wrong")
+    whole = amount == left
+    if restock and not whole:
+        return RefundRefused("restock_needs_whole")
+    refund_id = f"R{kept['id']}-{int(found.made) + 1}"
+    await conn.execute(
+        text(
+            "INSERT INTO refund (id, capture_id, order_no, amount_minor, currency, reason, restock, state)"
+            " VALUES (:id, :capture_id, :order_no, :amount, :currency, :reason, :restock, 'due')"
+        ),
+        {
+            "id": refund_id,
+            "capture_id": kept["id"],
+            "order_no": order_no,
+            "amount": amount,
+            "currency": kept["currency"],
+            "reason": reason,
+            "restock": restock,
+        },
+    )
+    now = await orders.begin_refund(conn, order_no) if whole else order
+    return RefundAsked(refund_id, now or order)
+
+
+async def lease_refunds(conn: AsyncConnection, provider: str, limit: int, lease_s: float) -> list[Row]:
+    """Take due refunds of this supplier's captures."""
+    found = await conn.execute(
+        text(
+            "WITH due AS (SELECT r.id FROM refund r JOIN capture c ON c.id = r.capture_id"
+            " WHERE r.state IN ('due', 'sent', 'unknown') AND r.next_at <= now() AND c.provider = :provider"
+            " AND (r.leased_until IS NULL OR r.leased_until < now())"
+            " ORDER BY r.next_at LIMIT :limit FOR UPDATE OF r SKIP LOCKED),"
+            " leased AS (UPDATE refund AS r SET leased_until = now() + make_interval(secs => :lease_s),"
+            " generation = r.generation + 1, tries = r.tries + 1 FROM due WHERE r.id = due.id RETURNING r.*)"
+            " SELECT leased.id, leased.order_no, leased.amount_minor, leased.currency, leased.reason, leased.state,"
+            " leased.tries, leased.generation, leased.created_at, now() AS now, c.provider_ref AS capture_ref,"
+            " c.attempt_id, c.amount_minor AS captured_minor FROM leased JOIN capture c ON c.id = leased.capture_id"
+        ),
+        {"provider": provider, "limit": limit, "lease_s": float(lease_s)},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def refund_wait(conn: AsyncConnection, held: tuple[str, int], state: str, wait_s: float) -> bool:
+    """The refund is looked at again after `wait_s`. False: the lease is no longer ours."""
+    found = await conn.execute(
+        text(
+            "UPDATE refund SET state = :state, leased_until = NULL, next_at = now() + make_interval(secs => :wait_s)"
+            " WHERE id = :id AND generation = :generation AND state IN ('due', 'sent', 'unknown')"
+        ),
+        {"id": held[0], "generation": held[1], "state": state, "wait_s": wait_s},
+    )
+    return bool(found.rowcount)
+
+
+async def refund_failed(conn: AsyncConnection, held: tuple[str, int]) -> bool:
+    """The supplier refuses for good; a person has to look. The capture keeps its state: nothing has gone back."""
+    found = await conn.execute(
+        text(
+            "UPDATE refund SET state = 'failed', leased_until = NULL"
+            " WHERE id = :id AND generation = :generation AND state IN ('due', 'sent', 'unknown')"
+        ),
+        {"id": held[0], "generation": held[1]},
+    )
+    return bool(found.rowcount)
+
+
+async def refund_done(conn: AsyncConnection, refund_id: str, provider_ref: str | None) -> bool:
+    """The money has gone back: capture and order follow. False: it was done before, or is unknown to us."""
+    number = (
+        await conn.execute(text("SELECT order_no FROM refund WHERE id = :id"), {"id": refund_id})
+    ).scalar_one_or_none()
+    if number is None:
+        return False
+    order = await orders.lock(conn, number)
+    found = await conn.execute(
+        text(
+            "UPDATE refund SET state = 'done', done_at = now(), provider_ref = :provider_ref, leased_until = NULL,"
+            " generation = generation + 1 WHERE id = :id AND state IN ('due', 'sent', 'unknown')"
+            " RETURNING capture_id, amount_minor, restock"
+        ),
+        {"id": refund_id, "provider_ref": provider_ref},
+    )
+    refund = found.first()
+    if refund is None:
+        return False
+    of = await capture(conn, refund.capture_id)
+    back = (
+        await conn.execute(
+            text(
+                "SELECT coalesce(sum(amount_minor), 0) FROM refund WHERE capture_id = :id AND state = 'done'"
+            ),
+            {"id": refund.capture_id},
+        )
+    ).scalar_one()
+    if of is None or order is None:
+        raise LookupError(f"refund {refund_id} has no capture or no order")
+    if int(back) < of["amount_minor"]:
+        await _lower(conn, number, refund.amount_minor)
+        return True
+    await conn.execute(text("UPDATE capture SET state = 'refunded' WHERE id = :id"), {"id": of["id"]})
+    if of["state"] == "kept" or (
+        # Late money that was refused: the ended order is `refunded`, unless another capture pays it.
+        order["state"] in ("expired", "cancelled") and await kept_capture(conn, number) is None
+    ):
+        await orders.finish_refund(conn, number, restock=bool(refund.restock))
+    return True
+
+
+async def _lower(conn: AsyncConnection, order_no: str, amount_minor: int) -> None:
+    """A part of the money went back: the amount of the order stays the sum of its lines, and of the money we have."""
+    await conn.execute(
+        text(
+            "INSERT INTO order_line (order_no, line_no, kind, sku, title, units, unit_minor, amount_minor)"
+            " SELECT :order_no, coalesce(max(line_no), 0) + 1, 'adjustment', NULL, 'refund', 1,"
+            " CAST(:amount AS bigint), CAST(:amount AS bigint) FROM order_line WHERE order_no = :order_no"
+        ),
+        {"order_no": order_no, "amount": -amount_minor},
+    )
+    await conn.execute(
+        text(
+            "UPDATE purchase_order SET amount_minor = amount_minor - CAST(:amount AS bigint) WHERE order_no = :order_no"
+        ),
+        {"order_no": order_no, "amount": amount_minor},
+    )
+    await orders.bump(conn, order_no)

@@ -1,0 +1,75 @@
+"""Works off due rows: lease some, handle each beside the others, never more than there is room for.
+
+A row that cannot be handled stays leased until its lease runs out: that is its backoff, whatever went wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 0.1  # between two looks when nothing was due: what a buyer may wait for a link to be begun
+GATHER_S = 0.005  # so that one look takes the places of several that finished together
+DATABASE_DOWN_S = 1.0  # between two looks while Postgres does not answer
+DRAIN_S = 8.0  # after `stopping`: longer than one supplier call; what is cut off recovers by query
+
+
+async def work_off(
+    name: str,
+    lease: Callable[[int], Awaitable[Sequence[T]]],
+    handle: Callable[[T], Awaitable[None]],
+    room: Callable[[int], int],
+    stopping: asyncio.Event,
+    *,
+    look_every_s: float = LOOK_EVERY_S,
+) -> None:
+    """Until `stopping` is set; then what has begun is finished, for at most DRAIN_S.
+
+    lease(n): take up to n due rows. handle(row): deal with one. room(running): how many more may begin now.
+    """
+    running: set[asyncio.Task[None]] = set()
+
+    async def one(row: T) -> None:
+        try:
+            await handle(row)
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            log.warning("row_left_leased", loop=name, error=type(error).__name__)
+        except Exception:
+            # A bug must not stop the other rows; this one comes back when its lease ends.
+            log.exception("row_left_leased", loop=name)
+
+    stop = asyncio.ensure_future(stopping.wait())
+    try:
+        while not stop.done():
+            wait_s, wanted, rows = look_every_s, room(len(running)), []
+            if wanted > 0:
+                try:
+                    rows = list(await lease(wanted))
+                except (SQLAlchemyError, OSError, TimeoutError) as error:
+                    log.warning("cannot_lease", loop=name, error=type(error).__name__)
+                    wait_s = DATABASE_DOWN_S
+            for row in rows:
+                task = asyncio.create_task(one(row), name=f"{name} row")
+                running.add(task)
+                task.add_done_callback(running.discard)
+            # There may be more where a full batch came from: go on as soon as a few have finished.
+            more = len(rows) == wanted
+            await asyncio.wait(
+                {stop, *running} if more else {stop}, timeout=wait_s, return_when="FIRST_COMPLETED"
+            )
+            if more and not stop.done():
+                await asyncio.sleep(GATHER_S)
+        if running:
+            await asyncio.wait(running, timeout=DRAIN_S)
+    finally:
+        stop.cancel()
+        for task in list(running):
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
