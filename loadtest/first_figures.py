@@ -8,7 +8,7 @@ machine that gets slower is slower for all. With one front process it has a core
 generator included, has the other.
 
 CPU time comes from /proc/PID/stat of each process (Linux). A round whose generator used more than 95 % of a core is
-void and repeated. `wrk` sends the requests where it is installed, else loadtest/generator.py.
+void and repeated. Each join is another buyer's; a round of joins ends early when its buyers are used up.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import json
 import os
 import platform
 import re
-import resource
-import shutil
 import signal
 import socket
 import statistics
@@ -40,11 +38,12 @@ from typing import Any
 import asyncpg
 import psutil
 
-from loadtest.generator import Result, closed_loop
+from loadtest.generator import closed_loop
 from loadtest.office import Office, Sale, read_urls
 from loadtest.run import CHECKOUT, servers
 
 VOID_TRIES = 3
+ORDERS = 20_000  # claims that pile up for the confirm measurement
 BODY = b'{"sku":"PH-128","units":1}'
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 MARKS = ("<!-- first figures: begin -->", "<!-- first figures: end -->")
@@ -84,88 +83,24 @@ def cpu_s(pids: Sequence[int]) -> float:
     return total * TICK_S
 
 
-class Wrk:
-    """wrk with one thread that sends prepared requests one after the other."""
-
-    def __init__(self, program: str, folder: Path) -> None:
-        self.program = program
-        self.script = folder / "requests.lua"
-        self.file = folder / "requests.bin"
-        self.script.write_text(
-            f"""
-local file = io.open("{self.file}", "rb")
-local all = {{}}
-while true do
-  local head = file:read(8)
-  if not head then break end
-  all[#all + 1] = file:read(tonumber(head))
-end
-file:close()
-local at = 0
-function request()
-  at = at % #all + 1
-  return all[at]
-end
-function done(summary, latency, requests)
-  io.write(string.format("\\n@ %d %d %d %d %d %d\\n", summary.requests, summary.duration, summary.errors.status,
-    summary.errors.read + summary.errors.timeout, latency:percentile(50), latency:percentile(99)))
-end
-""",
-            encoding="ascii",
-        )
-
-    def run(
-        self, port: int, requests: Iterator[bytes], count: int, connections: int, seconds: float
-    ) -> Result:
-        with self.file.open("wb") as file:
-            for _ in range(count):
-                request = next(requests, None)
-                if request is None:
-                    break
-                file.write(b"%08d" % len(request) + request)
-        command = [self.program, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency"]
-        command += ["-s", str(self.script), f"http://127.0.0.1:{port}/"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        said = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds + 60, check=True
-        ).stdout
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = re.search(r"^@ (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)$", said, re.M)
-        if found is None:
-            raise RuntimeError(f"wrk said: {said}")
-        answers, microseconds, refused, lost, p50, p99 = (int(part) for part in found.groups())
-        result = Result(answers=answers, seconds=microseconds / 1e6)
-        result.statuses[200] = answers - refused
-        result.statuses[500] = refused + lost
-        result.cpu_s = (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
-        result.latencies_ms = [p50 / 1000] * 98 + [p99 / 1000] * 2
-        return result
-
-
 class Bench:
-    def __init__(self, seconds: float, redis_pid: int, wrk: Wrk | None) -> None:
+    def __init__(self, seconds: float, redis_pid: int) -> None:
         self.seconds = seconds
         self.redis_pid = redis_pid
-        self.wrk = wrk
 
     def measure(self, subject: Subject, connections: int) -> None:
         """One round of this subject; a void one is repeated."""
         for _ in range(VOID_TRIES):
             front, redis = cpu_s(subject.pids), cpu_s([self.redis_pid])
-            if self.wrk is not None:
-                # 20,000 a second are more than any server here answers; a cycle of one request needs but one.
-                count = int(20_000 * self.seconds)
-                result = self.wrk.run(subject.port, subject.requests(), count, connections, self.seconds)
-            else:
-                result, _ = asyncio.run(
-                    closed_loop(
-                        "127.0.0.1",
-                        subject.port,
-                        subject.requests(),
-                        connections=connections,
-                        seconds=self.seconds,
-                    )
+            result, _ = asyncio.run(
+                closed_loop(
+                    "127.0.0.1",
+                    subject.port,
+                    subject.requests(),
+                    connections=connections,
+                    seconds=self.seconds,
                 )
+            )
             spent, redis_spent = cpu_s(subject.pids) - front, cpu_s([self.redis_pid]) - redis
             if not result.saturated:
                 break
@@ -221,14 +156,15 @@ def passes_for(sale: Sale, port: int, first: int, count: int) -> list[bytes]:
 
 
 class Supply:
-    """Requests that are each used once, over all rounds."""
+    """Requests that are each used once, over all rounds, at most `each` in one round."""
 
-    def __init__(self, requests: list[bytes]) -> None:
+    def __init__(self, requests: list[bytes], each: int) -> None:
         self.requests = requests
+        self.each = each
         self.used = 0
 
     def __call__(self) -> Iterator[bytes]:
-        while self.used < len(self.requests):
+        for _ in range(min(self.each, len(self.requests) - self.used)):
             self.used += 1
             yield self.requests[self.used - 1]
 
@@ -397,7 +333,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({model}), Linux {platform.release()}, CPython {platform.python_version()}, {parts}"
 
 
-def figures(workers: int, options: argparse.Namespace, folder: Path, wrk: Wrk | None) -> list[str]:
+def figures(workers: int, options: argparse.Namespace, folder: Path) -> list[str]:
     """All rounds with so many front processes; returns lines of Markdown."""
     (folder / "data").mkdir(exist_ok=True)
     if os.geteuid() == 0:
@@ -416,8 +352,7 @@ def figures(workers: int, options: argparse.Namespace, folder: Path, wrk: Wrk | 
         fronts = front_pids(up.pid)
         r1_port, r1_pids = stack.enter_context(limit_server("r1", workers, options.server))
         r2_port, r2_pids = stack.enter_context(limit_server("r2", workers, options.server))
-        many = len(options.connections) * options.rounds
-        need = int(options.supply_per_s * options.seconds * many * workers)
+        need = options.buyers * len(options.connections) * options.rounds
 
         common = {"rate_per_s": None, "line_max": 5_000_000}
         claims = office.hold_sale(
@@ -430,8 +365,8 @@ def figures(workers: int, options: argparse.Namespace, folder: Path, wrk: Wrk | 
         time.sleep(1.0)  # front doors see new sales within 200 ms
         print(f"{workers} front: {2 * need:,} passes …", file=sys.stderr, flush=True)
         first = 1_000_000
-        for_claims = Supply(passes_for(claims, port, first, need + 20_000))
-        for_waits = Supply(passes_for(waits, port, first, need + 2_000))
+        for_claims = Supply(passes_for(claims, port, first, need + ORDERS), options.buyers)
+        for_waits = Supply(passes_for(waits, port, first, need + 2_000), options.buyers)
         for_gone = passes_for(gone, port, first, 2_000)
         ask_all(port, for_gone[:1])  # takes the only unit
         ask_all(port, for_waits.requests[:1])
@@ -453,7 +388,7 @@ def figures(workers: int, options: argparse.Namespace, folder: Path, wrk: Wrk | 
         if workers == 1 and (os.cpu_count() or 1) >= 2:
             pin(fronts + r1_pids + r2_pids, {0})
             pin([p.pid for p in family(up.pid) if p.pid not in fronts] + [os.getpid()], {1})
-        bench = Bench(options.seconds, redis_pid, wrk)
+        bench = Bench(options.seconds, redis_pid)
         for number in range(options.rounds):
             for connections in options.connections:
                 for subject in subjects:
@@ -470,7 +405,7 @@ def figures(workers: int, options: argparse.Namespace, folder: Path, wrk: Wrk | 
             lines += table(title, subjects, connections)
         if workers == 1:
             pin([p.pid for p in family(up.pid)], set(range(os.cpu_count() or 1)))
-            rest = for_claims.requests[for_claims.used : for_claims.used + 20_000]
+            rest = for_claims.requests[for_claims.used :][:ORDERS]
             wait_for_backlog(office, claims)
             orders = asyncio.run(orders_against_copy(urls, worker, claims, rest))
             lines += [
@@ -502,23 +437,17 @@ def main() -> int:
     parser.add_argument("--connections", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="front processes")
     parser.add_argument("--server", choices=("uvicorn", "granian"), default="uvicorn")
-    parser.add_argument(
-        "--supply-per-s", type=int, default=9_000, help="buyers prepared for each second of a join round"
-    )
-    parser.add_argument("--own-generator", action="store_true", help="do not use wrk even if it is installed")
+    parser.add_argument("--buyers", type=int, default=20_000, help="most buyers in one round of joins")
     parser.add_argument("--write", type=Path, help="put the tables between the marks of this file")
     options = parser.parse_args()
-    wrk_program = None if options.own_generator else shutil.which("wrk")
-    lines = [f"Machine: {machine()}. Generator: {'wrk' if wrk_program else 'loadtest/generator.py'}.", ""]
+    lines = [f"Machine: {machine()}.", ""]
     command = f"python -m loadtest.first_figures {' '.join(sys.argv[1:])}"
     lines += [f"Command: `{command}`. Median (least–most) of {options.rounds} rounds.", ""]
     for workers in options.workers:
         with tempfile.TemporaryDirectory(prefix="fairdrop-figures-") as folder:
             if os.geteuid() == 0:
                 Path(folder).chmod(0o711)
-            lines += figures(
-                workers, options, Path(folder), Wrk(wrk_program, Path(folder)) if wrk_program else None
-            )
+            lines += figures(workers, options, Path(folder))
     text = "\n".join(lines)
     print(text)
     if options.write:
