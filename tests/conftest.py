@@ -175,6 +175,7 @@ class Stores:
             self.home.chmod(0o711)  # ours: `nobody`, who runs the stores then, passes through
         self._loop = Loop()
         self._pairs: dict[str, StorePair] = {}
+        self._kept: set[int] = set()
 
     def of(self, kind: str) -> StorePair:
         if kind not in self._pairs:
@@ -197,8 +198,12 @@ class Stores:
     def drop_database(self, url: str) -> None:
         self.of("wheel").drop_database(url)
 
+    def keep_processes(self, pids: set[int]) -> None:
+        """These children belong to a fixture of a wider scope: no test is blamed for them."""
+        self._kept |= pids
+
     def pids(self) -> set[int]:
-        return set().union(*(pair.pids() for pair in self._pairs.values()))
+        return self._kept.union(*(pair.pids() for pair in self._pairs.values()))
 
     def close(self) -> None:
         for pair in self._pairs.values():

@@ -1,0 +1,78 @@
+# `make` or `make help` lists what there is. Needs Python 3.11+ as python3 (or PYTHON=...), nothing else: the first target
+# that needs it makes .venv/ from requirements.lock; everything is installed there.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+MADE := .venv/.made-by-make
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n < 2 ? 2 : n > 6 ? 6 : n )))
+ARGS ?=
+TESTS ?= tests
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  ARGS="..." is passed on:  make demo ARGS="--buyers 2000 --units 100 --json"'
+	@echo '  TESTS="..." chooses:      make pytest TESTS="tests/test_up.py -x"'
+
+# Everything a set-up says goes to standard error: standard output belongs to the command (demo --json).
+# Written last, so that an interrupted set-up is done again. --no-build-isolation: hatchling is in the lock already.
+$(MADE): requirements.lock pyproject.toml
+	@exec 1>&2; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fairdrop needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; \
+	echo "making .venv from requirements.lock (once) ..."; \
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	touch $@
+
+.PHONY: demo
+demo: $(MADE) ## run a whole flash sale on real stores before your eyes, ending with the audit
+	@$(BIN)/fairdrop demo $(ARGS)
+
+.PHONY: up
+up: $(MADE) ## run stores, front, office, worker and sandbox until Ctrl-C
+	@$(BIN)/fairdrop up $(ARGS)
+
+.PHONY: load
+load: $(MADE) ## reproduce a peak with Locust, short and headless, with a verdict from the audit
+	@$(BIN)/python -m loadtest.run $(ARGS)
+
+.PHONY: check
+check: $(MADE) ## static checks only: ruff, format, mypy --strict, import rules, house rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy app
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest -q -p no:randomly tests/test_house_rules.py
+
+.PHONY: pytest
+pytest: $(MADE) ## tests only; TESTS="..." chooses
+	$(BIN)/pytest $(TESTS)
+
+# Two parts: what measures or needs every processor runs alone, afterwards. Status 5 means that there is none.
+.PHONY: test
+test: check ## everything that has to hold: static checks, then all tests, in parallel where possible
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not serial" $(TESTS)
+	$(BIN)/pytest -q -m serial $(TESTS) || test $$? -eq 5
+
+.PHONY: format
+format: $(MADE) ## let ruff put the code in form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: lock
+lock: $(MADE) ## compile requirements.lock anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml -o requirements.lock
+
+.PHONY: clean
+clean: ## remove what make and the tools made (.venv, caches, dist); the data in .fairdrop stay
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find app tests loadtest migrations -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,484 @@
+"""`fairdrop up`: all or nothing at the start, alive while it runs, nothing left at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from app.embedded import Valkey
+from app.supervisor import answers
+from tests.conftest import Stores
+
+ROOT = Path(__file__).parents[1]
+STARTS_WITHIN_S = 90.0
+PORTS = ["--front-port", "0", "--office-port", "0", "--worker-port", "0", "--sandbox-port", "0"]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def until(condition: Callable[[], Any], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+class UpProcess:
+    """`fairdrop up` as a child; its output goes to a file beside the data directory."""
+
+    def __init__(self, data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.data_dir = data_dir
+        self.log = data_dir.with_name(data_dir.name + ".log")
+        command = [sys.executable, "-m", "app.cli", "up", "--data-dir", str(data_dir), *arguments]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **(env or {})}
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def urls(self, within_s: float = STARTS_WITHIN_S) -> dict[str, Any]:
+        path = self.data_dir / "urls.json"
+        deadline = time.monotonic() + within_s
+        while not path.exists():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "data"
+
+
+@contextlib.contextmanager
+def up(data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[UpProcess]:
+    running = UpProcess(data_dir, *arguments, env=env)
+    try:
+        yield running
+    finally:
+        if running.process.poll() is None:
+            family = running.family()
+            running.process.terminate()
+            try:
+                running.process.wait(60)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+                for process in family:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+
+
+def refused(data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """The one sentence of an `up` that cannot start; nothing is left of it."""
+    running = UpProcess(data_dir, *arguments, env=env)
+    status = running.process.wait(60)
+    said = running.said.strip()
+    assert status == 2, said
+    assert said.startswith("fairdrop: ") and "\n" not in said, said
+    assert not (data_dir / "urls.json").exists()
+    return said
+
+
+@pytest.fixture(scope="module")
+def shared(stores: Stores) -> Iterator[UpProcess]:
+    """One `up` for the tests that leave it as they found it."""
+    home = stores.home / f"up-{secrets.token_hex(4)}"
+    home.mkdir()
+    if os.geteuid() == 0:
+        home.chmod(0o711)
+    with up(home / "data", *PORTS, "--front-workers", "2") as running:
+        running.urls()
+        stores.keep_processes({running.process.pid})
+        yield running
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def test_everything_answers_and_urls_json_is_complete_and_private(shared: UpProcess) -> None:
+    urls = shared.urls()
+    path = shared.data_dir / "urls.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert set(urls) == {"front", "office", "worker", "sandbox", "redis", "database", "operator_key", "pids"}
+    for name in ("front", "office", "worker", "sandbox"):
+        assert answers(urls[name]), name
+    assert {"front-1", "front-2", "office", "worker", "sandbox", "valkey", "postgres", "up"} == set(
+        urls["pids"]
+    )
+    assert all(psutil.pid_exists(pid) for pid in urls["pids"].values())
+    for name in ("front", "office", "worker"):
+        until(lambda name=name: httpx.get(urls[name] + "/readyz", trust_env=False).status_code == 200)
+
+
+def test_secrets_are_private(shared: UpProcess) -> None:
+    for path in (shared.data_dir / "secrets").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    for name in ("secrets", "logs"):
+        assert (shared.data_dir / name).stat().st_mode & 0o777 == 0o700
+
+
+def test_no_secret_is_in_a_command_line_or_a_log(shared: UpProcess) -> None:
+    values = [path.read_text().strip() for path in (shared.data_dir / "secrets").iterdir()]
+    assert len(values) >= 7
+    lines = [" ".join(process.cmdline()) for process in shared.family()]
+    texts = [path.read_text(errors="replace") for path in (shared.data_dir / "logs").iterdir()]
+    for value in values:
+        assert not any(value in text for text in [*lines, *texts, shared.said])
+
+
+def test_metrics_are_the_sum_of_all_front_processes(shared: UpProcess) -> None:
+    url = shared.urls()["front"]
+    assert "# TYPE" in httpx.get(url + "/metrics", trust_env=False).text
+    folder = shared.data_dir / "metrics" / "front"
+    pids = {int(found[1]) for path in folder.glob("*.db") if (found := re.search(r"_(\d+)\.db$", path.name))}
+    urls = shared.urls()
+    assert {urls["pids"]["front-1"], urls["pids"]["front-2"]} <= pids
+
+
+def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(shared: UpProcess) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "up", "--data-dir", str(shared.data_dir), *PORTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        f"another `fairdrop up` (process {shared.process.pid}) uses {shared.data_dir}"
+    )
+    assert answers(shared.urls()["front"])
+
+
+def test_a_head_that_is_too_large_is_431(shared: UpProcess) -> None:
+    url = shared.urls()["front"]
+    answer = httpx.get(url + "/healthz", headers={"X-Long": "x" * 20_000}, trust_env=False)
+    assert (answer.status_code, answer.json()["code"]) == (431, "head_too_large")
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as wire:
+        with contextlib.suppress(OSError):  # it may have been closed on us already
+            for _ in range(64):
+                wire.sendall(b"GET /healthz HTTP/1.1\r\n" if _ == 0 else b"x-more: " + b"x" * 4096 + b"\r\n")
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := wire.recv(65536):
+                received += more
+        assert received == b"" or received.startswith(b"HTTP/1.1 431 ")
+
+
+def test_whatever_dies_is_started_again_at_the_same_address(shared: UpProcess) -> None:
+    before = shared.urls()
+    for name in ("front-1", "office", "worker", "sandbox", "valkey", "postgres"):
+        pid = before["pids"][name]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda name=name, pid=pid: shared.urls()["pids"][name] != pid)
+    after = shared.urls()
+    assert {name: after[name] for name in after if name != "pids"} == {
+        name: before[name] for name in before if name != "pids"
+    }
+    for name in ("front", "office", "worker", "sandbox"):
+        until(lambda name=name: answers(after[name]))
+    for name in ("front", "office", "worker"):
+        until(lambda name=name: httpx.get(after[name] + "/readyz", trust_env=False).status_code == 200)
+
+
+def test_the_token_command_makes_a_jwt_that_the_front_accepts(shared: UpProcess) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "token", "buyer-7", "--data-dir", str(shared.data_dir)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    url = shared.urls()["front"] + "/v1/sales/none-such/ticket"
+    good = httpx.get(url, headers={"Authorization": f"Bearer {done.stdout.strip()}"}, trust_env=False)
+    bad = httpx.get(url, headers={"Authorization": f"Bearer {done.stdout.strip()[:-4]}AAAA"}, trust_env=False)
+    assert (good.status_code, bad.status_code) == (404, 401)
+
+
+def test_migrate_check_says_that_nothing_is_missing(shared: UpProcess) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "migrate", "--check", "--data-dir", str(shared.data_dir)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_sigterm_stops_everything_and_the_next_up_finds_its_data(folder: Path) -> None:
+    with up(folder, *PORTS) as running:
+        first = running.urls()
+        family = running.family()
+        assert len(family) >= 6
+        assert running.end() == 0, running.said
+        assert not [process for process in family if process.is_running()], running.said
+        assert not (folder / "urls.json").exists()
+    with up(folder, *PORTS) as running:
+        second = running.urls()
+        assert second["operator_key"] == first["operator_key"]
+        assert running.end() == 0, running.said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux")
+def test_kill_9_of_up_leaves_no_process_and_the_next_up_starts(folder: Path) -> None:
+    with up(folder, *PORTS) as running:
+        running.urls()
+        family = running.family()
+        running.process.kill()
+        running.process.wait()
+        (folder / "urls.json").unlink()  # stale: it would be taken for the next one's
+        with up(folder, *PORTS) as following:  # at once, while the others are still ending
+            following.urls()
+            until(lambda: not any(process.is_running() for process in family))
+            assert following.end() == 0, following.said
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(folder: Path) -> None:
+    with up(folder, *PORTS) as running:
+        until(lambda: (folder / "up.lock").exists() and running.family())
+        family = running.family()
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(60) in (0, 130), running.said
+        until(lambda: not any(process.is_running() for process in family))
+        assert not (folder / "urls.json").exists()
+
+
+def test_a_port_in_use_is_one_sentence(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name in ("front", "office", "worker", "sandbox"):
+            said = refused(folder, *PORTS, f"--{name}-port", port)
+            assert (
+                said
+                == f"fairdrop: {name}: port {port} on 127.0.0.1 is in use; choose another with --{name}-port"
+            )
+    assert not (folder / "valkey").exists() and not (folder / "postgres").exists()
+
+
+def test_a_data_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "up", "--data-dir", str(tmp_path / "file" / "data"), *PORTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"fairdrop: cannot write to the data directory .*: Not a directory; choose another with --data-dir\n",
+        done.stderr,
+    )
+
+
+def test_a_read_only_data_directory_is_one_sentence(folder: Path) -> None:
+    """Read-only as a mount is: that stops root too."""
+    folder.mkdir()
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
+    command = f"{mount} && exec {sys.executable} -m app.cli up --data-dir {folder} {' '.join(PORTS)}"
+    probe = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount], capture_output=True
+    )
+    if probe.returncode != 0:
+        pytest.skip("no mount namespaces here")
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"fairdrop: cannot write to the data directory .*: Read-only file system; choose another with --data-dir\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("http://127.0.0.1:1", r"FAIRDROP_REDIS_URL must look like redis://.*"),
+        ("redis://127.0.0.1:1/0", r"cannot reach Redis at 127\.0\.0\.1:1 .*"),
+        ("redis://127.0.0.1:99999/0", r"FAIRDROP_REDIS_URL must look like .*"),
+    ],
+)
+def test_a_wrong_redis_address_is_one_sentence(folder: Path, url: str, sentence: str) -> None:
+    said = refused(folder, *PORTS, env={"FAIRDROP_REDIS_URL": url})
+    assert re.fullmatch(f"fairdrop: {sentence}", said), said
+    assert not (folder / "postgres").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("mysql://x", r"FAIRDROP_DATABASE_URL must look like postgresql://.*"),
+        ("postgresql://a:hush@127.0.0.1:1/x", r"cannot reach Postgres: .*"),
+    ],
+)
+def test_a_wrong_database_address_is_one_sentence(folder: Path, url: str, sentence: str) -> None:
+    said = refused(folder, *PORTS, env={"FAIRDROP_DATABASE_URL": url})
+    assert re.fullmatch(f"fairdrop: {sentence}", said), said
+    assert "hush" not in said
+    assert not (folder / "valkey").exists()
+
+
+def test_a_wrong_password_is_one_sentence(folder: Path, valkey: Valkey, database_url: str) -> None:
+    said = refused(folder, *PORTS, env={"FAIRDROP_REDIS_URL": valkey.url.replace(valkey.password, "wrong")})
+    assert "refuses the password of FAIRDROP_REDIS_URL" in said
+    wrong = re.sub(r":[^:@]*@", ":wrong@", database_url)
+    said = refused(folder, *PORTS, env={"FAIRDROP_DATABASE_URL": wrong})
+    assert "password authentication failed" in said
+
+
+def test_an_old_redis_is_one_sentence(folder: Path) -> None:
+    with old_redis() as port:
+        said = refused(folder, *PORTS, env={"FAIRDROP_REDIS_URL": f"redis://127.0.0.1:{port}/0"})
+    assert said == f"fairdrop: Redis 7 or newer is needed; the one at 127.0.0.1:{port} is 6.2.14"
+
+
+@contextlib.contextmanager
+def old_redis() -> Iterator[int]:
+    """Speaks as much RESP as a version check needs, and says that it is Redis 6.2."""
+    info = b"# Server\r\nredis_version:6.2.14\r\nrun_id:0\r\n"
+
+    def answer(command: bytes) -> bytes:
+        if b"INFO" in command.upper():
+            return b"$%d\r\n%b\r\n" % (len(info), info)
+        if b"HELLO" in command.upper():
+            return b"-ERR unknown command\r\n"
+        return b"+OK\r\n"
+
+    def serve(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                wire, _ = server.accept()
+                with wire, contextlib.suppress(OSError):
+                    wire.settimeout(10)
+                    while data := wire.recv(65536):
+                        commands = [part for part in data.split(b"*") if part.strip()]
+                        wire.sendall(b"".join(answer(part) for part in commands))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=(server,), daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+def test_real_servers_are_used_where_urls_name_them(
+    folder: Path, redis_url: str, empty_database_url: str
+) -> None:
+    env = {"FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABASE_URL": empty_database_url}
+    with up(folder, *PORTS, env=env) as running:
+        urls = running.urls()
+        assert (urls["redis"], urls["database"]) == (redis_url, empty_database_url)
+        assert not {"valkey", "postgres"} & set(urls["pids"])
+        assert running.end() == 0, running.said
+
+
+def test_granian_serves_the_front_too(folder: Path, redis_url: str, database_url: str) -> None:
+    env = {"FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABASE_URL": database_url}
+    with up(folder, *PORTS, "--server", "granian", "--front-workers", "2", env=env) as running:
+        urls = running.urls()
+        until(lambda: httpx.get(urls["front"] + "/readyz", trust_env=False).status_code == 200)
+        assert running.end() == 0, running.said
+
+
+def test_a_front_that_drains_serves_on_and_says_so(tmp_path: Path, redis_url: str) -> None:
+    env = {
+        **os.environ,
+        "FAIRDROP_REDIS_URL": redis_url,
+        "FAIRDROP_DRAIN_S": "3",
+        "FAIRDROP_SIGNING_KEYS": "s" * 40,
+        "FAIRDROP_PII_KEYS": "00" * 32,
+        "FAIRDROP_JWT_SECRET": "j" * 40,
+    }
+    log = tmp_path / "front.log"
+    with log.open("wb") as out:
+        front = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "front", "--port", "0"],
+            cwd=ROOT,
+            env=env,
+            stderr=out,
+            stdout=out,
+        )
+    try:
+        until(lambda: "http://" in log.read_text())
+        found = re.search(r"http://[\d.:]+", log.read_text())
+        assert found
+        url = found[0]
+        until(lambda: answers(url))
+        front.terminate()
+        until(lambda: httpx.get(url + "/readyz", trust_env=False).status_code == 503, 2.5)
+        assert "draining" in httpx.get(url + "/readyz", trust_env=False).text
+        assert answers(url)
+        assert front.wait(30) == 0, log.read_text()
+    finally:
+        if front.poll() is None:
+            front.kill()
+            front.wait()
+
+
+@pytest.mark.parametrize("command", ["front", "office", "worker"])
+def test_production_refuses_to_start_without_secrets(command: str, redis_url: str, database_url: str) -> None:
+    env = {**os.environ, "FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABASE_URL": database_url}
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", command, "--port", "0"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert last.startswith("fairdrop: ") and "FAIRDROP_SIGNING_KEYS" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_setting_that_is_no_number_is_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "front"],
+        cwd=ROOT,
+        env={**os.environ, "FAIRDROP_FRONT_PORT": "eighty"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"fairdrop: FAIRDROP_FRONT_PORT: Input should be a valid integer.*\n", done.stderr)
