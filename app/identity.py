@@ -112,7 +112,7 @@ class Identity:
         buyer = self._ring.pass_read(text, sale, now_ms)
         if buyer is None:
             raise _invalid("The pass is not one of ours, has ended, or is for another sale.")
-        return Caller(buyer.encode() if isinstance(buyer, str) else buyer, "pass", NOBODY)
+        return Caller(buyer, "pass", NOBODY)
 
     def _jwt(self, given: bytes) -> Caller:
         if len(given) > JWT_MAX_BYTES:

@@ -354,6 +354,20 @@ def install(app: FastAPI) -> None:
             response.headers[name] = value
         return response
 
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """The document, with the schema that `refusals` points to."""
+        known = app.openapi_schema is not None
+        document = describe()
+        if not known:
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas["Problem"] = schema
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
     app.add_exception_handler(Refusal, on_refusal)
     app.add_exception_handler(DidNotHappen, on_refusal)
     app.add_exception_handler(Unknown, on_refusal)

@@ -6,6 +6,8 @@ method of `Door`; a test holds both to the same answers. This module knows HTTP;
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
 import time
 from bisect import bisect_left
@@ -30,10 +32,10 @@ from app.problems import (
     request_id_of,
 )
 from app.purchase.claim import Claims, Reply
-from app.purchase.track import Tracker, stale
+from app.purchase.track import Streams, Tracker, stale
 from app.sale.public import Document, PublicDocuments, at
 from app.sale.snapshot import ItemView, SaleView, Snapshots
-from app.scripts import Claimed, Conflict, Gone, Has, Old, Turned, Waits
+from app.scripts import Claimed, Conflict, Gone, Has, Link, Old, Scripts, Taken, Turned, Wait, Waits
 from app.settings import Settings
 from app.tokens import Keyring, Ticket
 
@@ -102,7 +104,10 @@ class Door:
         identity: Identity,
         tracker: Tracker,
         claims: Claims,
+        streams: Streams,
         documents: PublicDocuments,
+        link: Link,
+        scripts: Scripts,
     ) -> None:
         self.settings = settings
         self.snapshots = snapshots
@@ -110,6 +115,9 @@ class Door:
         self.identity = identity
         self.tracker = tracker
         self.claims = claims
+        self.streams = streams
+        self.link = link
+        self.scripts = scripts
         self.documents = documents
         self.counts: dict[tuple[str, str], int] = defaultdict(int)  # (route, outcome) -> answers
         self.join_ms = [0] * (len(LATENCY_BUCKETS_MS) + 1)  # joins by how long Redis took to accept them
@@ -131,6 +139,20 @@ class Door:
         if not self.snapshots.usable(view):
             raise stale()
         return view
+
+    async def limited(self, view: SaleView, what: str, buyer_id: bytes, rate_per_min: int) -> None:
+        """Return if the buyer may do this now; Refusal 429 `slow_down` otherwise."""
+        who = hashlib.blake2b(buyer_id, digest_size=12).hexdigest()
+        taken = await self.scripts.rate_take(
+            key=view.keys.rate(what, who), period_ms=max(1, 60_000 // rate_per_min), burst=rate_per_min
+        )
+        match taken:
+            case Taken():
+                return
+            case Wait(ms):
+                raise refuse("slow_down", retry_after_s=max(1, math.ceil(ms / 1000)))
+            case _:
+                assert_never(taken)
 
     # --- public documents --------------------------------------------------------------------------------------------
 

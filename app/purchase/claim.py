@@ -32,10 +32,10 @@ class Claims:
         self.batches = 0
         self.joined = 0  # buyers in those batches
 
-    async def close(self) -> None:
-        queues, self._queues = list(self._queues.values()), {}
-        for queue in queues:
-            await queue.close()
+    async def drain(self) -> None:
+        """Wait for the joins under way: each has the link's deadline."""
+        for queue in list(self._queues.values()):
+            await queue.drain()
 
     def join(self, view: SaleView, item: ItemView, wish: Wish) -> asyncio.Future[Reply]:
         """Ask for a place; the future has the answer once Redis has accepted it.
@@ -82,11 +82,11 @@ class Claims:
 
         return send
 
-    async def forget(self) -> None:
+    def forget(self) -> None:
         """Drop the queues of items that are no longer watched (another epoch, or the sale is gone)."""
         known = {item for view in self._snapshots for item in view.order}
         for item in [item for item in self._queues if item not in known]:
-            await self._queues.pop(item).close()
+            del self._queues[item]  # what is under way in it is still answered
 
 
 def crowded() -> Refusal:

@@ -11,7 +11,6 @@ import math
 import random
 import time
 from collections.abc import Mapping
-from hmac import compare_digest
 from typing import Any, NamedTuple
 
 import msgspec
@@ -24,7 +23,7 @@ from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Link
 from app.settings import Settings
 from app.states import STATE_OF, TicketState
-from app.tokens import Keyring, Ticket
+from app.tokens import Keyring, Ticket, ticket_id
 
 READ_BATCH_MAX = 256  # tickets in one pipeline
 READS_IN_FLIGHT_MAX = 2
@@ -118,11 +117,6 @@ class Told(NamedTuple):
         return self.poll_after_ms is None
 
 
-def ticket_id_of(ticket: Ticket) -> bytes:
-    """The id that a buyer finds in /draw/entries."""
-    return b"%d-%b" % (ticket.seq, ticket.ticket_hash.hex().encode())
-
-
 class Tracker:
     """Makes ticket documents. One for a process; keeps nothing for a waiting buyer."""
 
@@ -138,8 +132,9 @@ class Tracker:
         self.read_count = 0  # tickets read from Redis
         self.read_batches = 0
 
-    async def close(self) -> None:
-        await self._reads.close()
+    async def drain(self) -> None:
+        """Wait for the reads under way."""
+        await self._reads.drain()
 
     # --- finding -----------------------------------------------------------------------------------------------------
 
@@ -160,7 +155,7 @@ class Tracker:
 
     def owns(self, ticket: Ticket, item: ItemView, buyer_id: bytes) -> bool:
         """Whether the ticket is this buyer's: told from the token alone."""
-        return compare_digest(self._ring.ticket_hash(ticket.sale, item.sku, buyer_id), ticket.ticket_hash)
+        return self._ring.ticket_hash_is(ticket.ticket_hash, ticket.sale, item.sku, buyer_id)
 
     # --- while waiting: no Redis -------------------------------------------------------------------------------------
 
@@ -223,7 +218,7 @@ class Tracker:
                     poll_ms = self._jittered(p50 * 1000 // ETA_PARTS)
         body = _DOC % (
             token.encode("ascii"),
-            ticket_id_of(ticket),
+            ticket_id(ticket).encode(),
             item.head,
             ticket.units,
             b"waiting",
@@ -263,7 +258,7 @@ class Tracker:
     ) -> Told:
         body = _DOC % (
             token.encode("ascii"),
-            ticket_id_of(ticket),
+            ticket_id(ticket).encode(),
             item.head,
             ticket.units,
             _WORDS[byte],
@@ -390,7 +385,7 @@ class Tracker:
             order = payment = b"null"
         body = _DOC % (
             token.encode("ascii"),
-            ticket_id_of(ticket),
+            ticket_id(ticket).encode(),
             item.head,
             ticket.units,
             _WORDS[byte],
@@ -417,6 +412,10 @@ class Tracker:
     def told_joined(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
         """The document of a ticket that has just begun to wait."""
         return self._waiting(token, ticket, view, item, item.rank_of(ticket.seq), self._snapshots.now_ms())
+
+    def told_left(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
+        """The document of a ticket that has just left the line."""
+        return self._ended(token, ticket, item, view, b"l", item.rank_of(ticket.seq), self._snapshots.now_ms())
 
     async def told(self, token: str, ticket: Ticket, view: SaleView, item: ItemView, mine: bool) -> Told:
         """The document, from wherever it is known. Refusal 503 `busy` while nothing reliable is known."""

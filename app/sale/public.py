@@ -97,37 +97,32 @@ def board(view: SaleView, state: str, poll_min_ms: int, poll_max_ms: int) -> dic
 
 
 def draw_document(view: SaleView, now_ms: int) -> dict[str, Any]:
-    """`GET /v1/sales/{sale}/draw`: N and the chain head after the freeze; seed and keys once every item is drawn."""
-    frozen = now_ms >= view.freeze_ms
-    told = frozen and now_ms >= view.opens_ms and view.drawn
-    return {
-        "sale": view.id,
-        "epoch": view.epoch,
-        **commitment(view),
-        "beacon_value": view.beacon_value or None,
-        "operator_trusted": view.beacon_source == "none",
-        "seed": view.seed if told else None,
-        "drawn": view.drawn,
-        "items": [
-            {
-                "sku": item.sku,
-                "n": item.drawn_n if item.drawn else (item.early if frozen else None),
-                "chain": item.chain if frozen else None,
-                "beacon_used": item.beacon_used if told else None,
-                "key": item.drawn_key if told else None,
-            }
-            for item in view.order
-        ],
-        "algorithm": ALGORITHM,
+    """`GET /v1/sales/{sale}/draw`, from what was last seen (app/draw.py decides what may be told when)."""
+    told = {
+        "epoch": str(view.epoch),
+        "freeze_ms": str(view.freeze_ms),
+        "opens_ms": str(view.opens_ms),
+        "seed_hash": view.seed_hash,
+        "seed": view.seed,
+        "beacon_source": view.beacon_source,
+        "beacon_value": view.beacon_value,
     }
+    items = {
+        item.sku: {
+            "early": str(item.drawn_n if item.drawn else item.early),
+            "chain": item.chain,
+            "drawn": "1" if item.drawn else "0",
+            "drawn_key": item.drawn_key,
+            "beacon_used": item.beacon_used,
+        }
+        for item in view.order
+    }
+    return {**draw.document(view.id, told, items, now_ms=now_ms), "freeze_at": at(view.freeze_ms)}
 
 
-ALGORITHM: dict[str, Any] = {
-    "name": "fairdrop-draw-1",
-    "summary": "rank = P(seq) on 1..N; later tickets follow in order of arrival",
-    "text": (draw.__doc__ or "").strip(),
-    "test_vectors": draw.TEST_VECTORS if hasattr(draw, "TEST_VECTORS") else [],
-}
+def entries_public(view: SaleView, now_ms: int) -> bool:
+    """Whether the entries of the draw may be told: after the opening, with every draw that has anyone in it done."""
+    return now_ms >= view.opens_ms and all(item.drawn or item.early == 0 for item in view.order)
 
 
 class PublicDocuments:

@@ -99,12 +99,12 @@ class ItemView:
         "units_left",
     )
 
-    def __init__(self, sale_id: str, sku: str, position: int, total: int) -> None:
+    def __init__(self, sale_id: str, sku: str, position: int) -> None:
         self.sku = sku
         # the part of a ticket document that is the same for every ticket of the item; ids need no escaping
         self.head = f'"sale":"{sale_id}","sku":"{sku}"'.encode("ascii")
         self.position = position
-        self.total = total
+        self.total = 0
         self.units_left = 0
         self.next_seq = 1
         self.served = 0
@@ -225,11 +225,10 @@ class SaleView:
         self.version = 0
         self.doc: dict[str, Any] = {}
         self._doc_bytes = b""
-        self._take_doc(doc)
-        totals = {item["sku"]: int(item.get("units", 0)) for item in self.doc.get("items", ())}
         self.skus = tuple(skus)
-        self.order = tuple(ItemView(sale_id, sku, at, totals.get(sku, 0)) for at, sku in enumerate(skus))
+        self.order = tuple(ItemView(sale_id, sku, at) for at, sku in enumerate(skus))
         self.items: dict[str, ItemView] = {item.sku: item for item in self.order}
+        self._take_doc(doc)
         self.paused = False
         self.closed = False
         self.line_opens_ms = self.opens_ms = self.closes_ms = self.freeze_ms = 0
@@ -259,6 +258,10 @@ class SaleView:
             raise ValueError("the sale's doc is no JSON object")
         self._doc_bytes = raw
         self.doc = doc
+        for told in doc.get("items", ()):
+            item = self.items.get(told["sku"])
+            if item is not None:
+                item.total = int(told.get("units", 0))
         return True
 
     def take(self, sale: Mapping[bytes, bytes]) -> None:
@@ -316,11 +319,6 @@ class SaleView:
         if not self.standby and all(item.units_left <= 0 for item in self.order):
             return "sold_out"
         return "open"
-
-    @property
-    def drawn(self) -> bool:
-        """Whether every item's ranks are fixed: only then is the seed told."""
-        return all(item.drawn for item in self.order)
 
 
 class Snapshots:

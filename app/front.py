@@ -1,0 +1,123 @@
+"""The front door process: wiring and lifespan. It needs Redis only, and starts and stays up without it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+
+from app import problems
+from app.challenge import Challenges
+from app.door import pages, passes, probes, sales, tickets
+from app.door.counts import Counts
+from app.errors import CannotStart
+from app.identity import Identity
+from app.purchase.accept import Accept, Door
+from app.purchase.claim import Claims
+from app.purchase.track import Streams, Tracker
+from app.sale.public import PublicDocuments
+from app.sale.snapshot import Snapshots
+from app.scripts import Link, Scripts
+from app.sealing import sealing_keys
+from app.settings import Settings
+from app.telemetry import Metrics
+from app.tokens import Keyring
+
+SIGNING_KEY_MIN = 32  # characters
+FORGET_EVERY_TICKS = 100  # of the snapshot: about every 10 s
+
+DESCRIPTION = """\
+The buyers' side of a flash sale. Get a pass before the minute, join once, poll as told or stream, pay.
+
+Every refusal is a problem document (RFC 9457) with a stable `code`. 429 and 503 carry `Retry-After`; a join may be
+repeated unchanged after a lost reply, 429 or 503. Unknown states mean: keep polling. Unknown response fields may appear.
+"""
+
+
+def signing_keys(settings: Settings) -> list[bytes]:
+    """FAIRDROP_SIGNING_KEYS as bytes. CannotStart if there is none or one is short."""
+    keys = [key.strip() for key in settings.signing_keys.get_secret_value().split(",") if key.strip()]
+    if not keys:
+        raise CannotStart("FAIRDROP_SIGNING_KEYS is missing: passes and tickets could not be signed")
+    if any(len(key) < SIGNING_KEY_MIN for key in keys):
+        raise CannotStart(f"FAIRDROP_SIGNING_KEYS: each key needs at least {SIGNING_KEY_MIN} characters")
+    return [key.encode() for key in keys]
+
+
+def release() -> str:
+    try:
+        return version("fairdrop")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+def create_app(settings: Settings) -> Accept:
+    """The front door as an ASGI application. CannotStart: a secret or address is missing or bad."""
+    ring = Keyring(signing_keys(settings))
+    seal_keys = sealing_keys(settings.pii_keys.get_secret_value())
+    if not seal_keys:
+        raise CannotStart("FAIRDROP_PII_KEYS is missing: contacts could not be sealed")
+    if not settings.redis_url:
+        raise CannotStart("FAIRDROP_REDIS_URL is missing")
+    identity = Identity(settings, ring)
+    challenges = Challenges(settings, ring)
+    link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-front")
+    scripts = Scripts(link)
+    snapshots = Snapshots(link, settings)
+    tracker = Tracker(settings, link, ring, snapshots)
+    claims = Claims(settings, scripts, snapshots)
+    streams = Streams(settings, tracker, snapshots)
+    documents = PublicDocuments(snapshots, settings.poll_min_ms, settings.poll_max_ms)
+    door = Door(settings, snapshots, ring, identity, tracker, claims, streams, documents, link, scripts)
+    counts = Counts(door)
+    ticks = 0
+
+    def forget() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks % FORGET_EVERY_TICKS == 0:
+            claims.forget()
+            documents.forget(view.id for view in snapshots)
+
+    snapshots.on_tick += [counts, forget]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await link.start()
+        await snapshots.start()
+        try:
+            yield
+        finally:
+            streams.drain()
+            with contextlib.suppress(TimeoutError):  # what is left is answered 503 when the link closes
+                async with asyncio.timeout(settings.redis_deadline_s):
+                    await claims.drain()
+                    await tracker.drain()
+            await snapshots.close()
+            counts.flush()
+            await challenges.close()
+            await link.close()
+
+    typed = FastAPI(
+        title="Fairdrop front",
+        summary="Flash sales: a fair line, a true place in it, one tap.",
+        description=DESCRIPTION,
+        version=release(),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+    )
+    typed.state.door = door
+    typed.state.challenges = challenges
+    typed.state.seal_keys = seal_keys
+    typed.state.metrics = Metrics(settings)
+    typed.state.draining = False
+    problems.install(typed)
+    for router in (sales.router, passes.router, tickets.router, probes.router, pages.router):
+        typed.include_router(router)
+    return Accept(door, typed, settings, streams.drain)
