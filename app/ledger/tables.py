@@ -14,7 +14,7 @@ NOW = sa.text("now()")
 
 SALE_STATES = ("draft", "scheduled", "open", "paused", "closed", "settled")
 ORDER_STATES = ("reserved", "paid", "expired", "cancelled", "refunding", "refunded")
-ATTEMPT_STATES = ("created", "sent", "unknown", "succeeded", "failed", "closed")
+ATTEMPT_STATES = ("wanted", "created", "sent", "unknown", "succeeded", "failed", "closed")
 CAPTURE_STATES = ("due", "kept", "refund_due", "refunded")
 REFUND_STATES = ("due", "sent", "unknown", "done", "failed")
 OUTBOX_KINDS = ("mark", "release", "stock_add", "stock_take", "switch")
@@ -241,7 +241,7 @@ refund = sa.Table(
     sa.Column("currency", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column(
-        "restock", sa.Boolean, nullable=False, server_default=sa.false()
+        "restock", sa.Boolean, nullable=False, server_default=sa.text("false")
     ),  # whether the order's units go back
     sa.Column("state", sa.Text, nullable=False),  # due | sent | unknown | done | failed
     sa.Column("provider_ref", sa.Text),

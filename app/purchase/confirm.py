@@ -93,7 +93,7 @@ def parse(sale: str, entry: Entry) -> Claim | Bad:
 
 
 class Told(NamedTuple):
-    """What Redis is told of one claim, after COMMIT. byte '' = nothing (its ticket is told through the outbox, or gone)."""
+    """What Redis is told of one claim, after COMMIT. No byte: nothing (the outbox tells its ticket, or it is gone)."""
 
     outcome: str  # reserved | again | live_order | no_stock | old_epoch | poison | ticket_taken
     byte: str = ""
@@ -101,25 +101,24 @@ class Told(NamedTuple):
     status: bytes = b""
 
 
-class _LookAgain(Exception):  # noqa: N818 - control flow inside this module
+class _LookAgain(Exception):
     """Postgres changed between two statements; the transaction is rolled back and the batch asked again."""
 
 
 @dataclass
 class Confirmer:
-    """Writes the claims of any sale. `link` is shared: it never blocks. Reading blocks, on a link of its own (`read`)."""
+    """Writes the claims of any sale. `link` is the shared one: nothing here blocks it."""
 
     engine: AsyncEngine
     link: Link
     scripts: Scripts
     settings: Settings
-    consumer: str
 
     async def confirm(self, sale: str, entries: Iterable[Entry], *, careful: bool = False) -> int:
         """Give every entry its outcome and take it off the stream. Returns how many entries are done.
 
         careful: the batch may have been written before (redelivered, or COMMIT's answer was lost): ask first.
-        Raises what `passes` (no Postgres, no Redis): nothing is acknowledged; call again with the same entries, careful.
+        Raises what `passes` (no Postgres, no Redis): nothing is acknowledged; call again with the same entries.
         """
         parsed = [parse(sale, entry) for entry in entries]
         claims = [one for one in parsed if isinstance(one, Claim)]
@@ -135,7 +134,11 @@ class Confirmer:
             told = await self._write(sale, unique, contacts, careful=careful or len(unique) < len(claims))
         held = await self._tell(sale, claims, told)
         done = [one.entry_id for one in parsed if one.entry_id not in held]
-        moved = [c.buyer for c in claims if c.buyer in contacts and told[c.order_no].outcome in ("reserved", "again")]
+        moved = [
+            c.buyer
+            for c in claims
+            if c.buyer in contacts and told[c.order_no].outcome in ("reserved", "again")
+        ]
         await self._acknowledge(sale, done, moved)
         for result in told.values():
             CONFIRMED.labels(result.outcome).inc()
@@ -402,7 +405,9 @@ class Confirmer:
             terms = await confirming.terms(conn, sale)
             here = terms is not None and (claim.sku not in terms.items or _current(terms, claim))
             await self._refuse(conn, sale, claim, "poison", returned=here, mark=here)
-        alert("poison", "a claim could not be written and is in dead_letter", sale=sale, order_no=claim.order_no)
+        alert(
+            "poison", "a claim could not be written and is in dead_letter", sale=sale, order_no=claim.order_no
+        )
         return Told("poison")
 
     async def _bury_bad(self, sale: str, bad: Bad) -> None:
@@ -412,7 +417,12 @@ class Confirmer:
                 conn, sale, "orders", bad.entry_id.decode(), {"raw": repr(bad.raw)}, bad.reason
             )
         if buried:
-            alert("poison", "an entry of orders is no claim and is in dead_letter", sale=sale, entry=bad.entry_id.decode())
+            alert(
+                "poison",
+                "an entry of orders is no claim and is in dead_letter",
+                sale=sale,
+                entry=bad.entry_id.decode(),
+            )
 
     # Redis
 

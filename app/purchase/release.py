@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app.alarm import alert
 from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
-from app.ledger import confirming, orders, outbox, payments, sales
+from app.ledger import confirming, course, orders, outbox, payments
 from app.purchase.told import status_json
 from app.scripts import (
     AlreadyByte,
@@ -104,7 +104,6 @@ class Releaser:
     link: Link
     scripts: Scripts
     settings: Settings
-    consumer: str
     clear: Clear
     start_attempt: StartAttempt
     due: asyncio.Event = field(default_factory=asyncio.Event)  # something was written to the outbox just now
@@ -200,8 +199,13 @@ class Releaser:
                 done.append(entry[0])
         if done:
             keys = SaleKeys(sale)
-            commands = [("MULTI",), ("XACK", keys.asks, GROUP, *done), ("XDEL", keys.asks, *done), ("EXEC",)]
-            for answer in await self.link.pipeline(commands):
+            give_up: list[tuple[str | bytes, ...]] = [
+                ("MULTI",),
+                ("XACK", keys.asks, GROUP, *done),
+                ("XDEL", keys.asks, *done),
+                ("EXEC",),
+            ]
+            for answer in await self.link.pipeline(give_up):
                 if isinstance(answer, Exception):
                     raise answer
             self.due.set()
@@ -236,7 +240,12 @@ class Releaser:
                 conn, sale, "asks", entry[0].decode(), {"raw": repr(list(entry[1]))}, reason
             )
         if buried:
-            alert("poison_ask", "an entry of asks is no ask and is in dead_letter", sale=sale, entry=entry[0].decode())
+            alert(
+                "poison_ask",
+                "an entry of asks is no ask and is in dead_letter",
+                sale=sale,
+                entry=entry[0].decode(),
+            )
 
     # The outbox
 
@@ -252,11 +261,15 @@ class Releaser:
         async with self.engine.begin() as conn:
             for how in ("done", "dropped"):
                 closed += await outbox.close(
-                    conn, [_held(row) for row, result in zip(rows, results, strict=True) if result == how], how
+                    conn,
+                    [_held(row) for row, result in zip(rows, results, strict=True) if result == how],
+                    how,
                 )
             for row, result in zip(rows, results, strict=True):
                 if result == "later":
-                    await outbox.postpone(conn, [_held(row)], min(RETRY_MAX_S, 0.05 * 2 ** min(row["tries"], 10)))
+                    await outbox.postpone(
+                        conn, [_held(row)], min(RETRY_MAX_S, 0.05 * 2 ** min(row["tries"], 10))
+                    )
         for row, result in zip(rows, results, strict=True):
             APPLIED.labels(row["kind"], result).inc()
         return closed
@@ -270,7 +283,7 @@ class Releaser:
             await orders.lines(conn, numbers) if numbers else {},
             await payments.newest_attempts(conn, numbers) if numbers else {},
             await outbox.open_releases(conn, numbers) if numbers else set(),
-            await sales.epochs(conn, sorted({row["sale"] for row in rows})),
+            await course.epochs(conn, sorted({row["sale"] for row in rows})),
         )
 
     async def _apply(self, row: Mapping[str, Any], facts: _Facts) -> Applied:
@@ -344,12 +357,17 @@ class Releaser:
             epoch=row["epoch"],
             sku=payload["sku"],
             units=payload["units"],
-            top_up=str(payload["id"]),
+            id=str(payload["id"]),
             work_max=self.settings.line_serve_max,
             backlog_max=self.settings.orders_backlog_max,
         )
         if isinstance(answer, Short):
-            alert("top_up_short", "units to be taken away are not in stock", sale=row["sale"], outbox_id=row["id"])
+            alert(
+                "top_up_short",
+                "units to be taken away are not in stock",
+                sale=row["sale"],
+                outbox_id=row["id"],
+            )
         return "later" if isinstance(answer, (Old, Gone)) else "done"
 
     async def _apply_switch(self, row: Mapping[str, Any]) -> Applied:
@@ -398,12 +416,12 @@ async def settle_late(
 ) -> Literal["kept", "refused", "later"]:
     """Money came for an order that has ended: it gets its units again, or the money goes back.
 
-    `kept` or `refused` runs in the transaction that decides, with the order locked; both must be guarded by the state of
-    the capture they change, for a decision may be reached twice. "later": ask again in a moment, nothing is decided.
+    `kept` or `refused` runs in the transaction that decides, with the order locked; both must be guarded by the
+    state of the capture they change, for a decision may be reached twice. "later": ask again in a moment, nothing is decided.
 
-    The units: a release that no worker has begun is withdrawn, so Redis never knew. Else they are taken from Redis again,
-    if nobody waits for them, before Postgres counts them as sold. A crash in between leaves them taken, and the next call
-    is told so.
+    The units: a release that no worker has begun is withdrawn, so Redis never knew. Else they are taken from Redis
+    again, if nobody waits for them, before Postgres counts them as sold. A crash in between leaves them taken, and
+    the next call is told so.
     """
     decided, row = await _withdraw(engine, order_no, kept, refused)
     if decided is not None:
@@ -427,8 +445,8 @@ async def settle_late(
             return "refused"
         case Old() | Gone():
             async with engine.begin() as conn:
-                epoch = (await sales.epochs(conn, [row["sale"]])).get(row["sale"], row["epoch"])
-                if epoch == row["epoch"] and not await sales.is_settled(conn, row["sale"]):
+                epoch = (await course.epochs(conn, [row["sale"]])).get(row["sale"], row["epoch"])
+                if epoch == row["epoch"] and not await course.is_settled(conn, row["sale"]):
                     return "later"  # Redis is away or not armed yet
                 await orders.lock(conn, order_no)
                 await refused(conn)

@@ -355,7 +355,7 @@ def upgrade() -> None:
         sa.Column("leased_until", pg.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("generation", sa.BigInteger(), server_default="0", nullable=False),
         sa.CheckConstraint(
-            "state IN ('created', 'sent', 'unknown', 'succeeded', 'failed', 'closed')",
+            "state IN ('wanted', 'created', 'sent', 'unknown', 'succeeded', 'failed', 'closed')",
             name="attempt_state_known",
         ),
         sa.ForeignKeyConstraint(
@@ -370,7 +370,7 @@ def upgrade() -> None:
         "payment_attempt",
         ["next_at"],
         unique=False,
-        postgresql_where=sa.text("state IN ('created', 'sent', 'unknown')"),
+        postgresql_where=sa.text("state IN ('wanted', 'created', 'sent', 'unknown')"),
     )
     op.create_index(
         "one_open_attempt_an_order",
@@ -387,6 +387,7 @@ def upgrade() -> None:
         sa.Column("amount_minor", sa.BigInteger(), nullable=False),
         sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("restock", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("provider_ref", sa.Text(), nullable=True),
         sa.Column("created_at", pg.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),

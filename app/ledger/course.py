@@ -1,0 +1,167 @@
+"""What a sale goes through by itself, by Postgres' clock: it opens, sells out, closes, settles; and where it lives.
+
+What operators do to it is in sales.py. Each function is one SQL intent in the caller's transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+class Home(NamedTuple):
+    """Which Redis holds a sale, and how far Postgres has seen it."""
+
+    sale: str
+    state: str
+    epoch: int
+    home: str | None
+    pulse: int
+
+
+class Counts(NamedTuple):
+    """One item by Postgres, at one moment."""
+
+    sku: str
+    total: int
+    reserved: int
+    sold: int
+    to_release: int  # units that go back once the outbox has told Redis
+    to_add: int  # units of top-ups that Redis has not been told of
+
+
+async def epochs(conn: AsyncConnection, sales: Sequence[str]) -> dict[str, int]:
+    """sale → epoch by Postgres, for those that exist."""
+    found = await conn.execute(
+        text("SELECT id, epoch FROM sale WHERE id = ANY(CAST(:sales AS text[]))"), {"sales": list(sales)}
+    )
+    return {row.id: row.epoch for row in found}
+
+
+async def is_settled(conn: AsyncConnection, sale: str) -> bool:
+    """Whether the sale has ended for good (or does not exist)."""
+    state = (await conn.execute(text("SELECT state FROM sale WHERE id = :sale"), {"sale": sale})).scalar()
+    return state is None or state == "settled"
+
+
+async def open_due(conn: AsyncConnection) -> list[str]:
+    """Sales whose opening has come become `open`. Returns their ids."""
+    found = await conn.execute(
+        text(
+            "UPDATE sale SET state = 'open', opened_at = now(), version = version + 1"
+            " WHERE state IN ('scheduled', 'open') AND opened_at IS NULL AND opens_at <= now() RETURNING id"
+        )
+    )
+    return [row.id for row in found]
+
+
+async def close_due(conn: AsyncConnection) -> list[str]:
+    """Sales whose closing time has come become `closed`. Returns their ids."""
+    found = await conn.execute(
+        text(
+            "UPDATE sale SET state = 'closed', closed_at = now(), version = version + 1"
+            " WHERE state IN ('scheduled', 'open', 'paused') AND closes_at <= now() RETURNING id"
+        )
+    )
+    return [row.id for row in found]
+
+
+async def note_sold_out(conn: AsyncConnection, sale: str, sold_out: bool) -> bool:
+    """Redis has no unit left (or has some again). True: that is news."""
+    found = await conn.execute(
+        text(
+            "UPDATE sale SET sold_out_at = CASE WHEN :sold_out THEN now() END, version = version + 1"
+            " WHERE id = :sale AND state IN ('open', 'paused') AND (sold_out_at IS NOT NULL) <> :sold_out RETURNING id"
+        ),
+        {"sale": sale, "sold_out": sold_out},
+    )
+    return found.first() is not None
+
+
+async def note_beacon(conn: AsyncConnection, sale: str, value: str) -> bool:
+    """The public random value that Redis holds for the draw, for the record. False: it was noted before."""
+    found = await conn.execute(
+        text(
+            "UPDATE sale SET beacon_value = :value, beacon_at = now() WHERE id = :sale AND beacon_value IS NULL"
+            " RETURNING id"
+        ),
+        {"sale": sale, "value": value},
+    )
+    return found.first() is not None
+
+
+async def closed(conn: AsyncConnection) -> list[str]:
+    """Closed sales that wait to be settled."""
+    return [row.id for row in await conn.execute(text("SELECT id FROM sale WHERE state = 'closed'"))]
+
+
+async def settle(conn: AsyncConnection, sale: str) -> bool:
+    """The closed sale is over: no order waits for money, no money for its order, and Redis knows everything."""
+    found = await conn.execute(
+        text(
+            "UPDATE sale SET state = 'settled', settled_at = now(), version = version + 1"
+            " WHERE id = :sale AND state = 'closed'"
+            " AND NOT EXISTS (SELECT 1 FROM purchase_order WHERE purchase_order.sale = :sale"
+            "  AND purchase_order.state IN ('reserved', 'refunding'))"
+            " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.sale = :sale AND outbox.state IN ('due', 'intent'))"
+            " AND NOT EXISTS (SELECT 1 FROM capture JOIN purchase_order USING (order_no)"
+            "  WHERE purchase_order.sale = :sale AND capture.state IN ('due', 'refund_due'))"
+            " RETURNING id"
+        ),
+        {"sale": sale},
+    )
+    return found.first() is not None
+
+
+async def homes(conn: AsyncConnection) -> list[Home]:
+    """Published sales that are not over, with the Redis that holds them."""
+    found = await conn.execute(
+        text(
+            "SELECT id, state, epoch, home, pulse FROM sale WHERE state NOT IN ('draft', 'settled') ORDER BY id"
+        )
+    )
+    return [Home(*row) for row in found]
+
+
+async def note_pulse(conn: AsyncConnection, sale: str, epoch: int, pulse: int) -> None:
+    """Redis has this pulse on disk: one that comes back with less has lost writes."""
+    await conn.execute(
+        text("UPDATE sale SET pulse = greatest(pulse, :pulse) WHERE id = :sale AND epoch = :epoch"),
+        {"sale": sale, "epoch": epoch, "pulse": pulse},
+    )
+
+
+async def move_home(conn: AsyncConnection, sale: str, epoch: int, home: str) -> None:
+    """The sale is served by the Redis with this run_id from now on (it restarted from its own log)."""
+    await conn.execute(
+        text("UPDATE sale SET home = :home WHERE id = :sale AND epoch = :epoch"),
+        {"sale": sale, "epoch": epoch, "home": home},
+    )
+
+
+async def counts(conn: AsyncConnection, sale: str) -> list[Counts]:
+    """The items of a sale with what is under way to Redis, all of one moment (one statement)."""
+    found = await conn.execute(
+        text(
+            "SELECT item.sku, total, reserved, sold,"
+            " coalesce(sum(CAST(payload->>'units' AS int)) FILTER (WHERE outbox.kind = 'release'), 0) AS to_release,"
+            " coalesce(sum(CAST(payload->>'units' AS int)) FILTER (WHERE outbox.kind = 'stock_add'), 0) AS to_add"
+            " FROM item LEFT JOIN outbox ON outbox.sale = item.sale AND outbox.state = 'due'"
+            "  AND outbox.payload->>'sku' = item.sku AND outbox.epoch = item.epoch"
+            " WHERE item.sale = :sale GROUP BY item.sku, total, reserved, sold ORDER BY item.sku"
+        ),
+        {"sale": sale},
+    )
+    return [Counts(row.sku, row.total, row.reserved, row.sold, row.to_release, row.to_add) for row in found]
+
+
+async def settled_of(conn: AsyncConnection, sales: Sequence[str]) -> list[tuple[str, int]]:
+    """Those of these sales that are over: (sale, version)."""
+    found = await conn.execute(
+        text("SELECT id, version FROM sale WHERE id = ANY(CAST(:sales AS text[])) AND state = 'settled'"),
+        {"sales": list(sales)},
+    )
+    return [(row.id, row.version) for row in found]

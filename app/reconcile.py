@@ -1,0 +1,264 @@
+"""Redis and Postgres compared, all the time: pulses, a restarted Redis armed again, books that agree, sales settled.
+
+A Redis is a sale's home by its run_id. One that restarted from its own log (it was never a replica, and is not
+behind the pulse that Postgres saw) is armed again; any other leaves the sale closed and calls a person: it may have
+lost writes, and only a rebuild may open the sale then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import structlog
+from prometheus_client import Gauge
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app import keys
+from app.alarm import alert
+from app.errors import DidNotHappen
+from app.keys import SaleKeys
+from app.ledger import course
+from app.ledger.course import Home
+from app.purchase.admit import Admitter
+from app.scripts import Armed, Behind, Gone, Link, NotHome, Old, Pulsed, Scripts
+
+NEVER_A_REPLICA = "0" * 40  # master_replid2 of a server that was not promoted
+SURE_AFTER = (
+    3  # comparisons in a row: the two stores are read one after the other, so one may catch a step half done
+)
+
+EXCESS = Gauge(
+    "fairdrop_units_excess", "units in Redis beyond what Postgres has free; never above 0", ["sale", "sku"]
+)
+ARMED = Gauge("fairdrop_sale_armed", "1 while the connected Redis is the sale's home", ["sale"])
+_log = structlog.get_logger("reconcile")
+
+
+@dataclass(frozen=True)
+class ItemBooks:
+    """One item by both stores. At rest total = left + claimed + reserved + sold + to_release + to_add."""
+
+    sku: str
+    total: int
+    reserved: int
+    sold: int
+    left: int | None  # units in Redis; None: Redis does not know the item
+    claimed: int  # units of entries in `orders`; those written already count twice for a moment
+    to_release: int
+    to_add: int
+
+    @property
+    def excess(self) -> int:
+        """Units that Redis could give away and Postgres does not have. Above 0 at rest: something lied."""
+        free = self.total - self.reserved - self.sold - self.to_release - self.to_add
+        return (self.left or 0) - free
+
+    @property
+    def missing(self) -> int:
+        """Units in nobody's hands. 0 at rest; above 0 while a step is half done; that undersells, never oversells."""
+        return -self.excess - self.claimed
+
+
+@dataclass(frozen=True)
+class Books:
+    """A sale compared."""
+
+    sale: str
+    items: tuple[ItemBooks, ...]
+
+    @property
+    def agree(self) -> bool:
+        return all(item.excess + item.claimed == 0 for item in self.items)
+
+    def report(self) -> dict[str, object]:
+        return {
+            "sale": self.sale,
+            "agree": self.agree,
+            "items": [asdict(item) | {"excess": item.excess, "missing": item.missing} for item in self.items],
+        }
+
+
+async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
+    """Read both stores, Postgres first: what is claimed in between only makes Redis' side smaller."""
+    async with engine.connect() as conn:
+        counts = await course.counts(conn, sale)
+    k = SaleKeys(sale)
+    stock, entries = await link.pipeline([("HGETALL", k.stock), ("XRANGE", k.orders, "-", "+")])
+    for answer in (stock, entries):
+        if isinstance(answer, Exception):
+            raise answer
+    left = {sku.decode(): int(units) for sku, units in zip(stock[::2], stock[1::2], strict=True)}
+    claimed: Counter[str] = Counter()
+    for _, fields in entries:
+        parts = fields[1].split(b"|", 5)
+        if len(parts) == 6 and parts[4].isdigit():
+            claimed[parts[2].decode("ascii", "replace")] += int(parts[4])
+    return Books(
+        sale,
+        tuple(
+            ItemBooks(
+                one.sku,
+                one.total,
+                one.reserved,
+                one.sold,
+                left.get(one.sku),
+                claimed[one.sku],
+                one.to_release,
+                one.to_add,
+            )
+            for one in counts
+        ),
+    )
+
+
+@dataclass
+class Reconciler:
+    """The worker's part of reconcile."""
+
+    engine: AsyncEngine
+    link: Link
+    scripts: Scripts
+    admitter: Admitter
+    _called: set[tuple[str, str, str]] = field(
+        default_factory=set
+    )  # alerts already given: (sale, kind, run_id)
+    _excess: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def _call(self, kind: str, why: str, sale: str, **facts: object) -> None:
+        """Alert once for each sale and Redis, not ten times a minute."""
+        known = (sale, kind, self.link.run_id)
+        if known not in self._called:
+            self._called.add(known)
+            alert(kind, why, sale=sale, run_id=self.link.run_id, **facts)
+
+    async def pulse(self) -> int:
+        """One pulse for each sale: first Redis, then Postgres. Arms what restarted. Returns how many sales beat."""
+        async with self.engine.connect() as conn:
+            homes = await course.homes(conn)
+        beating = 0
+        for home in homes:
+            if home.home is None:
+                continue  # not published to Redis yet
+            if home.home != self.link.run_id and not await self._arm(home):
+                ARMED.labels(home.sale).set(0)
+                continue
+            answer = await self.scripts.sale_pulse(sale=home.sale, epoch=home.epoch, pulse=home.pulse + 1)
+            match answer:
+                case Pulsed():
+                    async with self.engine.begin() as conn:
+                        await course.note_pulse(conn, home.sale, home.epoch, answer.pulse)
+                    beating += 1
+                    ARMED.labels(home.sale).set(1)
+                case Gone():
+                    ARMED.labels(home.sale).set(0)
+                    self._call(
+                        "sale_gone", "Redis has lost a sale: it stays closed until a rebuild", home.sale
+                    )
+                case Old():
+                    ARMED.labels(home.sale).set(0)
+                    self._call(
+                        "sale_elsewhere", "Redis and Postgres disagree on a sale's home or epoch", home.sale
+                    )
+        return beating
+
+    async def _arm(self, home: Home) -> bool:
+        """Accept this Redis as the sale's home, if it is the old one, restarted from its own log."""
+        run_id = self.link.run_id
+        if not self.link.connected:
+            raise DidNotHappen("not connected to Redis")
+        info = _info(await self.link.call("INFO", "replication"))
+        if info.get("role") != "master" or info.get("master_replid2", NEVER_A_REPLICA) != NEVER_A_REPLICA:
+            self._call(
+                "promoted", "Redis was a replica: it may lack writes, the sale stays closed", home.sale
+            )
+            return False
+        assert home.home is not None
+        answer = await self.scripts.sale_rearm(
+            sale=home.sale, epoch=home.epoch, old_home=home.home, new_home=run_id, pulse_at_least=home.pulse
+        )
+        match answer:
+            case Armed():
+                pass
+            case NotHome() if answer.home == run_id:
+                pass  # another worker was faster, or this one died before it told Postgres
+            case Behind():
+                self._call(
+                    "rolled_back",
+                    "Redis came back with an older state: the sale stays closed until a rebuild",
+                    home.sale,
+                    pulse=answer.pulse,
+                    pulse_seen=home.pulse,
+                )
+                return False
+            case NotHome() | Old() | Gone():
+                self._call(
+                    "unknown_redis",
+                    "this Redis does not hold the sale as Postgres knows it: it stays closed until a rebuild",
+                    home.sale,
+                    answer=type(answer).__name__,
+                )
+                return False
+        async with self.engine.begin() as conn:
+            await course.move_home(conn, home.sale, home.epoch, run_id)
+        _log.warning(
+            "Redis restarted from its own log: the sale is open again", sale=home.sale, run_id=run_id
+        )
+        return True
+
+    async def compare_all(self) -> list[Books]:
+        """Compare every sale that is not over; an excess that stays calls a person."""
+        found: list[Books] = []
+        for sale in list(self.admitter.watched):
+            books = await compare(self.engine, self.link, sale)
+            found.append(books)
+            for item in books.items:
+                EXCESS.labels(sale, item.sku).set(max(0, item.excess))
+                self._excess[sale, item.sku] = self._excess[sale, item.sku] + 1 if item.excess > 0 else 0
+                if self._excess[sale, item.sku] >= SURE_AFTER:
+                    self._call(
+                        "excess",
+                        "Redis has more units to give than Postgres has free",
+                        sale,
+                        sku=item.sku,
+                        excess=item.excess,
+                    )
+        return found
+
+    async def settle(self) -> int:
+        """Closed sales in which nothing is left to happen are settled, and forgotten by the front doors."""
+        async with self.engine.connect() as conn:
+            closed = await course.closed(conn)
+        settled = 0
+        for sale in closed:
+            k = SaleKeys(sale)
+            waiting = await self.link.pipeline([("XLEN", k.orders), ("XLEN", k.asks), ("EXISTS", k.sale)])
+            for answer in waiting:
+                if isinstance(answer, Exception):
+                    raise answer
+            if waiting[0] or waiting[1]:
+                continue
+            async with self.engine.begin() as conn:
+                if not await course.settle(conn, sale):
+                    continue
+            settled += 1
+            _log.info("sale settled", sale=sale)
+        for sale, version in await self._ended():
+            # Contacts of those who never won have no purpose any more.
+            await self.link.call("UNLINK", SaleKeys(sale).contact)
+            await self.link.call("HSET", keys.SALES, sale, json.dumps({"version": version, "ended": True}))
+        return settled
+
+    async def _ended(self) -> list[tuple[str, int]]:
+        """Sales that Postgres calls settled and the front doors still watch: (sale, version)."""
+        watched = list(self.admitter.watched)
+        if not watched:
+            return []
+        async with self.engine.connect() as conn:
+            return await course.settled_of(conn, watched)
+
+
+def _info(found: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in found.decode().splitlines() if not line.startswith("#"))
+    return {name: value for name, _, value in lines}

@@ -1,0 +1,442 @@
+"""The worker: admit, confirm, release, pay, tell, reconcile; each a loop that outlives the outages of what it needs.
+
+One TaskGroup. SIGTERM: stop taking, finish what is in hand, acknowledge it, exit; what another worker's death left
+behind is taken over with XAUTOCLAIM. Admit runs without Postgres, and without a Redis nothing runs but the probes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import structlog
+import uvicorn
+from prometheus_client import Counter as Count
+from prometheus_client import Gauge
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from app.alarm import alert
+from app.errors import DidNotHappen, Unknown
+from app.keys import GROUP, SaleKeys
+from app.ledger import engine as engines
+from app.ledger import events
+from app.providers.registry import Providers, open_providers
+from app.purchase import pay, tell
+from app.purchase.admit import Admitter, Course
+from app.purchase.confirm import TOOK, Confirmer, Entry
+from app.purchase.release import PayAsk, Releaser
+from app.reconcile import Reconciler
+from app.scripts import Link, Scripts
+from app.serve import listen
+from app.settings import Settings
+from app.telemetry import Metrics
+
+BACKOFF_S = 0.1  # after the first failure of a loop; doubles
+BACKOFF_MAX_S = 2.0  # a store that is back is found within this
+ASKS_MAX = 200  # asks of one sale that one look takes
+EVENTS_EVERY_S = 0.2  # between two numbering steps: how stale the shop's feed may be
+EVENTS_MAX = 2_000
+COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
+SETTLE_EVERY_S = 2.0
+DEADLINES_EVERY_S = 1.0
+READY_WITHIN_S = 1.0  # a probe's look at Postgres
+ALERT_AFTER_S = 60.0  # a loop that fails for longer calls a person
+
+FAILING = Gauge("fairdrop_loop_failing", "1 while a loop of the worker fails", ["loop"])
+FAILURES = Count("fairdrop_loop_failures", "failed turns of a loop of the worker", ["loop"])
+_log = structlog.get_logger("worker")
+
+Turn = Callable[[], Awaitable[object]]  # truthy: there is more to do at once
+
+
+@dataclass
+class Health:
+    """Why which loop does not work now; empty: all do."""
+
+    troubles: dict[str, str] = field(default_factory=dict)
+
+
+async def keep_going(
+    name: str,
+    turn: Turn,
+    every_s: float,
+    stopping: asyncio.Event,
+    health: Health,
+    *,
+    wake: asyncio.Event | None = None,
+) -> None:
+    """Turn after turn until `stopping`; an outage is waited out with backoff, and logged when it begins and ends."""
+    backoff_s, since = BACKOFF_S, 0.0
+    while not stopping.is_set():
+        if wake is not None:
+            wake.clear()
+        try:
+            more = await turn()
+        except Exception as error:  # noqa: BLE001 - a loop survives what nobody thought of: it says so and goes on
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            FAILURES.labels(name).inc()
+            if not since:
+                since = time.monotonic()
+                FAILING.labels(name).set(1)
+                expected = isinstance(error, (DidNotHappen, Unknown)) or engines.passes(error)
+                _log.warning("loop interrupted", loop=name, why=why, exc_info=None if expected else error)
+            elif time.monotonic() - since > ALERT_AFTER_S and name not in health.troubles:
+                alert("loop_failing", "a loop of the worker has been failing for long", loop=name, error=why)
+            if time.monotonic() - since > ALERT_AFTER_S / 10:
+                health.troubles[name] = why
+            await _rest(stopping, backoff_s)
+            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+            continue
+        if since:
+            _log.info("loop works again", loop=name, after_s=round(time.monotonic() - since, 1))
+            FAILING.labels(name).set(0)
+            health.troubles.pop(name, None)
+            backoff_s, since = BACKOFF_S, 0.0
+        if not more:
+            await _rest(wake or stopping, every_s)
+
+
+async def _rest(until: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(until.wait(), seconds)
+
+
+class Streams:
+    """Reads one kind of stream of every watched sale as a consumer of the group, on a link of its own if it blocks."""
+
+    def __init__(self, link: Link, consumer: str, key: Callable[[str], str]) -> None:
+        self.link = link
+        self.consumer = consumer
+        self.key = key
+        self._missing: set[str] = set()
+
+    async def read(self, sales: Sequence[str], count: int, *, block_ms: int = 0) -> dict[str, list[Entry]]:
+        """Entries that no consumer has had yet: sale → entries. Waits up to block_ms for the first."""
+        sales = [sale for sale in sales if sale not in self._missing]
+        if not sales:
+            return {}
+        names = [self.key(sale) for sale in sales]
+        block = ("BLOCK", block_ms) if block_ms else ()
+        try:
+            found = await self.link.call(
+                "XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, *block,
+                "STREAMS", *names, *[">"] * len(names),
+                deadline_s=self.link.deadline_s + block_ms / 1000,
+            )  # fmt: skip
+        except DidNotHappen as error:
+            if str(error).startswith("NOGROUP"):
+                await self._find_missing(sales)
+                return {}
+            raise
+        by_name = dict(zip(names, sales, strict=True))
+        return {by_name[name.decode()]: entries for name, entries in found or ()}
+
+    async def _find_missing(self, sales: Sequence[str]) -> None:
+        """A stream without its group must not stop the others. It is made with the sale, so somebody removed it."""
+        for sale in sales:
+            try:
+                groups = await self.link.call("XINFO", "GROUPS", self.key(sale))
+            except DidNotHappen:
+                groups = []
+            if not groups:
+                self._missing.add(sale)
+                alert("stream_missing", "a stream of a published sale has no consumer group", sale=sale)
+
+    async def own_pending(self, sale: str, count: int) -> list[Entry]:
+        """Entries that this consumer has had and not given up."""
+        found = await self.link.call(
+            "XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, "STREAMS", self.key(sale), "0"
+        )
+        return [entry for _, entries in found or () for entry in entries if entry[1] is not None]
+
+    async def take_over(self, sale: str, idle_ms: int, count: int) -> list[Entry]:
+        """Entries that some consumer has had for longer than idle_ms: it died, or stalls."""
+        reply = await self.link.call(
+            "XAUTOCLAIM", self.key(sale), GROUP, self.consumer, idle_ms, "0-0", "COUNT", count
+        )
+        return [entry for entry in reply[1] if entry is not None and entry[1] is not None]
+
+    def forget_missing(self) -> None:
+        self._missing.clear()
+
+
+@dataclass
+class ConfirmLoop:
+    """Feeds the confirmer. Entries in hand stay in hand until they are done: nothing is read while they wait."""
+
+    streams: Streams
+    confirmer: Confirmer
+    admitter: Admitter
+    settings: Settings
+    held: dict[str, list[Entry]] = field(default_factory=dict)
+
+    async def turn(self) -> bool:
+        if self.held:
+            await self._confirm(careful=True)  # the last try failed, or COMMIT's answer was lost
+            return True
+        begun = time.monotonic()
+        self.held = await self.streams.read(
+            list(self.admitter.watched),
+            self.settings.confirm_batch_max,
+            block_ms=self.settings.confirm_block_ms,
+        )
+        if not self.held:
+            # Rest only if the read itself has not waited.
+            return time.monotonic() - begun > self.settings.confirm_block_ms / 2000
+        await self._confirm(careful=False)
+        return True
+
+    async def take_over(self) -> bool:
+        """Finish what other workers left unfinished."""
+        self.streams.forget_missing()
+        more = False
+        for sale in list(self.admitter.watched):
+            if sale in self.held:
+                continue
+            entries = await self.streams.take_over(
+                sale, self.settings.autoclaim_idle_ms, self.settings.confirm_batch_max
+            )
+            if entries:
+                _log.info("claims taken over", sale=sale, claims=len(entries))
+                await self.confirmer.confirm(sale, entries, careful=True)
+                more = True
+        return more
+
+    async def _confirm(self, *, careful: bool) -> None:
+        async def one(sale: str) -> None:
+            begun = time.monotonic()
+            await self.confirmer.confirm(sale, self.held[sale], careful=careful)
+            TOOK.observe(time.monotonic() - begun)
+            del self.held[sale]
+
+        results = await asyncio.gather(*(one(sale) for sale in list(self.held)), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+
+@dataclass
+class AsksLoop:
+    """Feeds buyers' asks to the releaser."""
+
+    streams: Streams
+    releaser: Releaser
+    admitter: Admitter
+    settings: Settings
+
+    async def turn(self) -> bool:
+        sales = list(self.admitter.watched)
+        fresh = await self.streams.read(sales, ASKS_MAX)
+        more = False
+        for sale in sales:
+            # Those of before: their claims were not written yet.
+            entries = {entry[0]: entry for entry in await self.streams.own_pending(sale, ASKS_MAX)}
+            entries |= {entry[0]: entry for entry in fresh.get(sale, [])}
+            if entries:
+                done = await self.releaser.answer_asks(sale, list(entries.values()))
+                more = more or done == ASKS_MAX
+        return more
+
+    async def take_over(self) -> None:
+        for sale in list(self.admitter.watched):
+            await self.streams.take_over(
+                sale, self.settings.autoclaim_idle_ms, ASKS_MAX
+            )  # own_pending reads them
+
+
+class Worker:
+    """All loops of one worker process, and what they share."""
+
+    def __init__(self, settings: Settings, *, providers: Providers | None = None) -> None:
+        self.settings = settings
+        self.consumer = settings.worker_name or f"{socket.gethostname()}:{os.getpid()}"
+        self.stopping = asyncio.Event()
+        self.health = Health()
+        self.engine: AsyncEngine = engines.create_engine(settings, name="fairdrop worker")
+        self.link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker")
+        self.reading = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker-read")
+        self.scripts = Scripts(self.link)
+        self.providers = providers or open_providers(settings)
+        self.admitter = Admitter(self.link, self.scripts, settings)
+        self.course = Course(self.engine, self.link, self.scripts, self.admitter)
+        self.confirmer = Confirmer(self.engine, self.link, self.scripts, settings)
+        self.confirming = ConfirmLoop(
+            Streams(self.reading, self.consumer, lambda sale: SaleKeys(sale).orders),
+            self.confirmer,
+            self.admitter,
+            settings,
+        )
+        self.releaser = Releaser(
+            self.engine, self.link, self.scripts, settings, self._clear, self._start_attempt
+        )
+        self.asking = AsksLoop(
+            Streams(self.link, self.consumer, lambda sale: SaleKeys(sale).asks),
+            self.releaser,
+            self.admitter,
+            settings,
+        )
+        self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter)
+
+    async def _clear(self, order_no: str) -> Any:
+        return await pay.clear_attempts(self.engine, self.providers, order_no)
+
+    async def _start_attempt(self, conn: AsyncConnection, order_no: str, ask: PayAsk) -> bool:
+        return await pay.start_attempt(
+            conn,
+            order_no,
+            channel=ask.channel,
+            return_url=ask.return_url,
+            payer=ask.payer,
+            settings=self.settings,
+        )
+
+    async def number_events(self) -> bool:
+        async with self.engine.begin() as conn:
+            return await events.number(conn, EVENTS_MAX) == EVENTS_MAX
+
+    async def run(self) -> None:
+        """Work until `stopping` is set; return when what was in hand is done."""
+        s = self.settings
+        await self.link.start()
+        await self.reading.start()
+        idle_s = s.autoclaim_idle_ms / 2000
+        relay_s = s.relay_every_ms / 1000
+        expire_s = s.expire_every_ms / 1000
+        try:
+            async with (
+                httpx.AsyncClient(follow_redirects=False, trust_env=False) as client,
+                asyncio.TaskGroup() as group,
+            ):
+
+                def loop(name: str, turn: Turn, every_s: float, wake: asyncio.Event | None = None) -> None:
+                    group.create_task(
+                        keep_going(name, turn, every_s, self.stopping, self.health, wake=wake), name=name
+                    )
+
+                loop("admit", self.admitter.tick, s.admit_every_ms / 1000)
+                loop("beacon", lambda: self.admitter.put_beacons(client), 1.0)
+                loop("beacon-note", lambda: self.admitter.note_beacons(self.engine), 1.0)
+                loop("course", self.course.note, COURSE_EVERY_S)
+                loop("confirm", self.confirming.turn, 0.05)
+                loop("confirm-take-over", self.confirming.take_over, idle_s)
+                loop("asks", self.asking.turn, relay_s)
+                loop("asks-take-over", self.asking.take_over, idle_s)
+                loop("deadlines", self.releaser.start_deadlines, DEADLINES_EVERY_S)
+                loop("expire", self.releaser.expire, expire_s)
+                loop("let-go", self.releaser.let_go, relay_s)
+                loop("relay", self.releaser.relay, relay_s, self.releaser.due)
+                loop("events", self.number_events, EVENTS_EVERY_S)
+                loop("pulse", self.reconciler.pulse, s.pulse_every_s)
+                loop("reconcile", self.reconciler.compare_all, s.reconcile_every_s)
+                loop("settle", self.reconciler.settle, SETTLE_EVERY_S)
+                for name, work in (
+                    ("pay", lambda: pay.run(self.engine, self.scripts, self.providers, s, self.stopping)),
+                    ("tell", lambda: tell.run(self.engine, self.providers, s, self.stopping)),
+                ):
+                    loop(name, work, 0.1)
+                await self.stopping.wait()
+                self.releaser.due.set()  # nobody rests any longer
+        finally:
+            await self.link.close()
+            await self.reading.close()
+            await self.providers.aclose()
+            await self.engine.dispose()
+
+
+# Probes
+
+
+def create_app(worker: Worker) -> Starlette:
+    """/healthz, /readyz and /metrics of a worker."""
+    metrics = Metrics(worker.settings)
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(_: Request) -> Response:
+        reasons = dict(worker.health.troubles)
+        if worker.stopping.is_set():
+            reasons["worker"] = "draining"
+        if not worker.link.connected:
+            reasons["redis"] = worker.link.trouble or "not connected"
+        durable = ""
+        try:
+            async with asyncio.timeout(READY_WITHIN_S), worker.engine.connect() as conn:
+                durable = await engines.durability(conn)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
+            reasons["postgres"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        body: dict[str, object] = {
+            "status": "draining" if worker.stopping.is_set() else ("unavailable" if reasons else "ready"),
+            "reasons": reasons,
+            "postgres_durability": durable or None,
+        }
+        headers = {"Retry-After": "1"} if reasons else None
+        return JSONResponse(body, 503 if reasons else 200, headers)
+
+    async def show_metrics(request: Request) -> Response:
+        if not metrics.allows(request.client.host if request.client else None):
+            return Response(status_code=403)
+        return Response(metrics.text(), media_type=metrics.content_type)
+
+    return Starlette(
+        routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", show_metrics)]
+    )
+
+
+async def run(settings: Settings) -> None:
+    """The process: probes and loops until SIGTERM or Ctrl-C. CannotStart: its port is taken, or a setting is wrong."""
+    worker = Worker(settings)
+    wire = listen(
+        settings.worker_host, settings.worker_port, settings.listen_backlog, what="worker", option="--port"
+    )
+    if path := os.environ.get("FAIRDROP_PORT_FILE"):
+        draft = Path(f"{path}.draft")
+        draft.write_text(f"{wire.getsockname()[1]}\n", encoding="ascii")
+        draft.replace(path)
+    config = uvicorn.Config(
+        create_app(worker), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none"
+    )
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sign, worker.stopping.set)
+    try:
+        async with asyncio.TaskGroup() as group:
+            async with _probes(config, wire, group):
+                await worker.run()
+    finally:
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(sign)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the worker has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _probes(
+    config: uvicorn.Config, wire: socket.socket, group: asyncio.TaskGroup
+) -> AsyncIterator[None]:
+    server = _Server(config)
+    serving = group.create_task(server.serve(sockets=[wire]), name="probes")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.wait([serving], timeout=5)
