@@ -36,6 +36,7 @@ from app.providers.payment import (
     BillLine,
     Hook,
     HookAnswer,
+    LearnsKeys,
     Link,
     LinkWanted,
     Payment,
@@ -308,11 +309,20 @@ class GuardedPayment:
     async def refund(self, wanted: RefundWanted) -> Answer[RefundState]:
         return await self.guard.call("refund", lambda: self.adapter.refund(wanted))
 
-    async def refund_query(self, refund_id: str) -> Answer[RefundState]:
-        return await self.guard.call("refund_query", lambda: self.adapter.refund_query(refund_id))
+    async def refund_query(self, refund_id: str, capture_ref: str | None = None) -> Answer[RefundState]:
+        return await self.guard.call(
+            "refund_query", lambda: self.adapter.refund_query(refund_id, capture_ref)
+        )
 
     async def bill(self, day: date) -> Answer[Sequence[BillLine]]:
         return await self.guard.call("bill", lambda: self.adapter.bill(day))
+
+    async def prepare_hook(self, headers: Mapping[str, str]) -> None:
+        """Await this before `read_hook`: learns the supplier's new key if the call-back names one, at most one in a
+        while, whatever a forger sends. A failure is left to `read_hook`, which then refuses, and to redelivery."""
+        adapter = self.adapter
+        if isinstance(adapter, LearnsKeys) and adapter.key_missing(headers):
+            await self.guard.call("learn_keys", adapter.learn_keys)
 
     def read_hook(self, headers: Mapping[str, str], raw_body: bytes, now: datetime) -> Hook:
         return self.adapter.read_hook(headers, raw_body, now)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from app.providers.answer import Answer
 
@@ -45,11 +45,16 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRef:
-    """Names one attempt to the supplier: our id always, theirs when known."""
+    """Names one attempt to the supplier: our id always, theirs when known.
+
+    expires_at: the end of the link that was handed out, None if none was. A supplier that hears of a payment only when
+    the buyer opens the link (Alipay) cannot close it before; until then only its end makes it harmless.
+    """
 
     attempt_id: str
     order_no: str
     provider_ref: str | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,11 +192,11 @@ class PaymentProvider(Protocol):
     async def refund(self, wanted: RefundWanted) -> Answer[RefundState]:
         """Give money back. Idempotent by refund id."""
 
-    async def refund_query(self, refund_id: str) -> Answer[RefundState]:
-        """How a refund stands. Changes nothing."""
+    async def refund_query(self, refund_id: str, capture_ref: str | None = None) -> Answer[RefundState]:
+        """How a refund stands. Changes nothing. Stripe and Alipay find a refund only by its capture's reference."""
 
     async def bill(self, day: date) -> Answer[Sequence[BillLine]]:
-        """Every capture and refund of one UTC day."""
+        """Every capture and refund of one UTC day. NotDone("bill_not_ready"): the supplier has not made it yet."""
 
     def read_hook(self, headers: Mapping[str, str], raw_body: bytes, now: datetime) -> Hook:
         """Verify a call-back on its raw bytes and say what it means. headers: names in lower case. No I/O."""
@@ -200,3 +205,14 @@ class PaymentProvider(Protocol):
         """The supplier's own word for "understood" or "again, please"."""
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class LearnsKeys(Protocol):
+    """A supplier whose call-backs may be signed with a key that we have not seen yet (WeChat Pay's certificates)."""
+
+    def key_missing(self, headers: Mapping[str, str]) -> bool:
+        """Whether `read_hook` would refuse these headers for want of a key that it is worth asking for now."""
+
+    async def learn_keys(self) -> Answer[None]:
+        """Fetch the supplier's public keys of today."""

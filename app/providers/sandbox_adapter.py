@@ -212,7 +212,7 @@ class SandboxPayment:
         }
         return self._refund(await self._calls.call("POST", "/v1/refunds", body, _Refund))
 
-    async def refund_query(self, refund_id: str) -> Answer[RefundState]:
+    async def refund_query(self, refund_id: str, capture_ref: str | None = None) -> Answer[RefundState]:
         return self._refund(await self._calls.call("GET", f"/v1/refunds/{refund_id}", None, _Refund))
 
     def _refund(self, answer: Answer[_Refund]) -> Answer[RefundState]:
