@@ -2,8 +2,8 @@
 
 An attempt is leased, the supplier is called, and what it said is stored if the lease still holds. Before the first
 call `sent_at` is on record, so a worker that dies in the middle leaves an attempt that is asked about before it is sent
-again, with the attempt's id as idempotency key each time. Where the supplier does not answer, the attempt is *unknown*: it is
-queried and closed there before anything else is tried, and another supplier is never tried instead.
+again, with the attempt's id as idempotency key each time. Where the supplier does not answer, the attempt is *unknown*:
+it is queried and closed there before anything else is tried, and another supplier is never tried instead.
 
 Evidence (call-back or query) is verified against the attempt and recorded as a capture before any rule can refuse it.
 Then, with the order locked:
@@ -626,6 +626,10 @@ async def weigh_late(engine: AsyncEngine, scripts: Scripts) -> int:
             decision = await release.settle_late(
                 engine, scripts, capture["order_no"], kept=kept, refused=refused
             )
+        except IntegrityError as error:
+            # The buyer has got another live order in this moment: the next look sees it.
+            log.warning("late_money_waits", capture=capture["id"], error=type(error.orig).__name__)
+            continue
         except _WeighedBefore:
             # We may have taken its units from Redis for nothing: they go back (the script knows if there are none).
             async with engine.begin() as conn:

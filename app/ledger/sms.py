@@ -1,0 +1,90 @@
+"""Texts that are due, and what became of them; rows are written by the step of the order they tell of (orders._told).
+
+due ──► sending ──► sent | failed | unknown      a lease that runs out in `sending` is unknown: it is never sent twice
+  └► dropped (too late, overtaken, no contact)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+Row = dict[str, Any]
+
+
+async def lease_due(conn: AsyncConnection, limit: int, lease_s: float) -> list[Row]:
+    """Take due texts, with what they tell of. They are `sending` from now on, before anything is sent."""
+    found = await conn.execute(
+        text(
+            "WITH picked AS (SELECT id FROM sms WHERE state = 'due' AND next_at <= now() AND expires_at > now()"
+            " ORDER BY next_at LIMIT :limit FOR UPDATE SKIP LOCKED),"
+            " leased AS (UPDATE sms AS s SET state = 'sending', leased_until = now() + make_interval(secs => :lease_s),"
+            " generation = s.generation + 1, tries = s.tries + 1 FROM picked WHERE s.id = picked.id RETURNING s.*)"
+            " SELECT leased.id, leased.order_no, leased.sale, leased.template, leased.tries, leased.generation,"
+            " o.buyer_id, o.contact, o.state AS order_state, o.amount_minor, o.currency, o.units, o.pay_within_s,"
+            " i.title AS item_title, s.title AS sale_title"
+            " FROM leased JOIN purchase_order o ON o.order_no = leased.order_no"
+            " JOIN item i ON i.sale = o.sale AND i.sku = o.sku JOIN sale s ON s.id = o.sale"
+        ),
+        {"limit": limit, "lease_s": float(lease_s)},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def again(conn: AsyncConnection, held: tuple[str, int], wait_s: float, code: str) -> bool:
+    """It certainly was not sent: due again after `wait_s`. False: the lease is no longer ours."""
+    found = await conn.execute(
+        text(
+            "UPDATE sms SET state = 'due', code = :code, leased_until = NULL,"
+            " next_at = now() + make_interval(secs => :wait_s)"
+            " WHERE id = :id AND generation = :generation AND state = 'sending'"
+        ),
+        {"id": held[0], "generation": held[1], "wait_s": wait_s, "code": code},
+    )
+    return bool(found.rowcount)
+
+
+async def end(
+    conn: AsyncConnection,
+    held: tuple[str, int],
+    state: str,
+    *,
+    code: str | None = None,
+    provider: str | None = None,
+    provider_ref: str | None = None,
+) -> bool:
+    """What became of it: sent, failed, unknown or dropped. False: the lease is no longer ours."""
+    found = await conn.execute(
+        text(
+            "UPDATE sms SET state = :state, code = :code, provider = :provider, provider_ref = :provider_ref,"
+            " leased_until = NULL, sent_at = CASE WHEN :state = 'sent' THEN now() ELSE sent_at END"
+            " WHERE id = :id AND generation = :generation AND state = 'sending'"
+        ),
+        {
+            "id": held[0],
+            "generation": held[1],
+            "state": state,
+            "code": code,
+            "provider": provider,
+            "provider_ref": provider_ref,
+        },
+    )
+    return bool(found.rowcount)
+
+
+async def sweep(conn: AsyncConnection) -> tuple[int, int]:
+    """(dropped, unknown): texts that would come too late, and those whose worker vanished while sending."""
+    dropped = await conn.execute(
+        text(
+            "UPDATE sms SET state = 'dropped', code = 'too_late' WHERE state = 'due' AND expires_at <= now()"
+        )
+    )
+    unknown = await conn.execute(
+        text(
+            "UPDATE sms SET state = 'unknown', code = 'worker_gone', leased_until = NULL"
+            " WHERE state = 'sending' AND leased_until < now()"
+        )
+    )
+    return int(dropped.rowcount), int(unknown.rowcount)
