@@ -161,7 +161,8 @@ class ItemView:
     def rank_of(self, seq: int) -> int | None:
         """The ticket's place in the order of service; None until the draw has fixed it."""
         if not self.drawn:
-            return None
+            # Served before any draw: nobody was in it, so ranks are seqs.
+            return seq if self.served and not self.early else None
         if seq > self.drawn_n:
             return seq
         return draw.rank_of(seq, self.drawn_n, self.round_keys)
