@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
@@ -18,15 +17,15 @@ from app.identity import Identity
 from app.purchase.accept import Accept, Door
 from app.purchase.claim import Claims
 from app.purchase.track import Streams, Tracker
+from app.resources import release
 from app.sale.public import PublicDocuments
 from app.sale.snapshot import Snapshots
 from app.scripts import Link, Scripts
 from app.sealing import sealing_keys
 from app.settings import Settings
 from app.telemetry import Metrics
-from app.tokens import Keyring
+from app.tokens import Keyring, signing_keys
 
-SIGNING_KEY_MIN = 32  # characters
 FORGET_EVERY_TICKS = 100  # of the snapshot: about every 10 s
 
 DESCRIPTION = """\
@@ -37,26 +36,9 @@ repeated unchanged after a lost reply, 429 or 503. Unknown states mean: keep pol
 """
 
 
-def signing_keys(settings: Settings) -> list[bytes]:
-    """FAIRDROP_SIGNING_KEYS as bytes. CannotStart if there is none or one is short."""
-    keys = [key.strip() for key in settings.signing_keys.get_secret_value().split(",") if key.strip()]
-    if not keys:
-        raise CannotStart("FAIRDROP_SIGNING_KEYS is missing: passes and tickets could not be signed")
-    if any(len(key) < SIGNING_KEY_MIN for key in keys):
-        raise CannotStart(f"FAIRDROP_SIGNING_KEYS: each key needs at least {SIGNING_KEY_MIN} characters")
-    return [key.encode() for key in keys]
-
-
-def release() -> str:
-    try:
-        return version("fairdrop")
-    except PackageNotFoundError:
-        return "0.0.0"
-
-
 def create_app(settings: Settings) -> Accept:
     """The front door as an ASGI application. CannotStart: a secret or address is missing or bad."""
-    ring = Keyring(signing_keys(settings))
+    ring = Keyring(signing_keys(settings.signing_keys.get_secret_value()))
     seal_keys = sealing_keys(settings.pii_keys.get_secret_value())
     if not seal_keys:
         raise CannotStart("FAIRDROP_PII_KEYS is missing: contacts could not be sealed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -25,3 +26,11 @@ def lua_dir() -> Path:
 def migrations_dir() -> Path:
     """The folder of the Alembic migrations (env.py and versions/)."""
     return _folder("_migrations", "migrations")
+
+
+def release() -> str:
+    """The version that is installed; "0.0.0" in a checkout that is not."""
+    try:
+        return version("fairdrop")
+    except PackageNotFoundError:
+        return "0.0.0"

@@ -1,9 +1,9 @@
 """Passes, tickets and cursors: short signed texts that a front door can trust without asking Redis.
 
-All have one form: base64url without padding of `format byte, key id, body, MAC`, the MAC a keyed BLAKE2b with a key of
-its own for each purpose. Only the canonical spelling is accepted, so any changed character or bit is refused. The first
-signing key signs, all verify: keys rotate by putting a new one in front. Tokens are for the eyes of their holder: redact
-them in logs.
+All have one form: base64url without padding of `format byte, key id, body, MAC`, the MAC a keyed BLAKE2b with a
+key of its own for each purpose. Only the canonical spelling is accepted, so any changed character or bit is
+refused. The first signing key signs, all verify: keys rotate by putting a new one in front. Tokens are for the eyes
+of their holder: redact them in logs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from app.errors import CannotStart
+
 FORMAT = 1  # first byte of every token
+SIGNING_KEY_MIN = 32  # characters of a signing key
 MAC_BYTES = 16  # 2^128 guesses; a ticket stays within 128 characters
 TICKET_HASH_BYTES = 10  # as in app.draw
 TEXT_MAX = 256  # characters; the longest pass has 204
@@ -25,7 +28,7 @@ CURSOR_MAX = 1_024  # characters
 
 
 class Ticket(NamedTuple):
-    """A place in a sale. item: position of the sku in the sale's `items`. Deterministic: the same ticket, the same text."""
+    """A place in a sale. item: position of the sku in the sale's `items`. The same ticket gives the same text."""
 
     sale: str
     epoch: int
@@ -90,6 +93,16 @@ def _mac(keyed: blake2b, data: bytes) -> bytes:
     mac = keyed.copy()
     mac.update(data)
     return mac.digest()
+
+
+def signing_keys(text: str) -> list[bytes]:
+    """FAIRDROP_SIGNING_KEYS: comma-separated; the first signs, all verify. CannotStart: none, or a short one."""
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    if not keys:
+        raise CannotStart("FAIRDROP_SIGNING_KEYS is missing: passes, tickets and cursors could not be signed")
+    if any(len(key) < SIGNING_KEY_MIN for key in keys):
+        raise CannotStart(f"FAIRDROP_SIGNING_KEYS: each key needs at least {SIGNING_KEY_MIN} characters")
+    return [key.encode() for key in keys]
 
 
 class Keyring:
@@ -163,7 +176,7 @@ class Keyring:
 
     # cursors
     def cursor_sign(self, kind: str, payload: list[Any]) -> str:
-        """An opaque place in a list. payload: JSON values. `kind` is under the MAC: no cursor works for another list."""
+        """An opaque place in a list. payload: JSON values. `kind` is under the MAC: it works for no other."""
         key = self._first
         body = bytes((FORMAT, key.id)) + msgspec.json.encode(payload)
         return _encode(body + _mac(key.of_cursor, kind.encode() + b"\0" + body))
