@@ -59,7 +59,12 @@ async def begin(conn: AsyncConnection, actor: str, key: str, request_hash: bytes
 
 
 async def keep(
-    conn: AsyncConnection, actor: str, key: str, request_hash: bytes, status: int, response: dict[str, Any] | None
+    conn: AsyncConnection,
+    actor: str,
+    key: str,
+    request_hash: bytes,
+    status: int,
+    response: dict[str, Any] | None,
 ) -> None:
     """Keep the answer, in the transaction that makes the change."""
     await _put(conn, actor, key, request_hash, status, response)
@@ -92,5 +97,7 @@ async def _put(
 async def forget_old(conn: AsyncConnection) -> int:
     """Delete what is older than 7 days; returns how many."""
     c = idempotency.c
-    statement = sa.delete(idempotency).where(c.created_at < sa.func.now() - sa.text(f"interval '{KEEP_DAYS} days'"))
+    statement = sa.delete(idempotency).where(
+        c.created_at < sa.func.now() - sa.text(f"interval '{KEEP_DAYS} days'")
+    )
     return (await conn.execute(statement)).rowcount

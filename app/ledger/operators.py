@@ -54,14 +54,18 @@ def _operator(row: sa.RowMapping) -> Operator:
 
 async def find(conn: AsyncConnection, key: str) -> Operator | None:
     """Whose key this is; None: nobody's, or it was revoked."""
-    query = sa.select(*_KEY).where(operator_key.c.key_hash == key_hash(key), operator_key.c.revoked_at.is_(None))
+    query = sa.select(*_KEY).where(
+        operator_key.c.key_hash == key_hash(key), operator_key.c.revoked_at.is_(None)
+    )
     row = (await conn.execute(query)).mappings().first()
     return None if row is None else _operator(row)
 
 
 async def put_first(conn: AsyncConnection, key: str) -> None:
     """Make the settings' key the first admin's. The same key stays revoked if it was; another key takes its place."""
-    statement = insert(operator_key).values(id=FIRST, name="first admin", role="admin", key_hash=key_hash(key))
+    statement = insert(operator_key).values(
+        id=FIRST, name="first admin", role="admin", key_hash=key_hash(key)
+    )
     statement = statement.on_conflict_do_update(
         index_elements=["id"],
         set_={"key_hash": statement.excluded.key_hash, "revoked_at": None},
@@ -79,7 +83,11 @@ async def revoke(conn: AsyncConnection, key_id: str) -> Operator | Literal["no_s
     """End a key at once, on every office. The last admin's key stays: nobody could make another."""
     await conn.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
     c = operator_key.c
-    row = (await conn.execute(sa.select(*_KEY).where(c.id == key_id, c.revoked_at.is_(None)))).mappings().first()
+    row = (
+        (await conn.execute(sa.select(*_KEY).where(c.id == key_id, c.revoked_at.is_(None))))
+        .mappings()
+        .first()
+    )
     if row is None:
         return "no_such_key"
     others = sa.select(sa.func.count()).where(c.role == "admin", c.revoked_at.is_(None), c.id != key_id)
@@ -89,7 +97,9 @@ async def revoke(conn: AsyncConnection, key_id: str) -> Operator | Literal["no_s
     return _operator(row)
 
 
-async def keys(conn: AsyncConnection, *, limit: int, after: tuple[datetime, str] | None = None) -> list[Operator]:
+async def keys(
+    conn: AsyncConnection, *, limit: int, after: tuple[datetime, str] | None = None
+) -> list[Operator]:
     """Keys that work, oldest first; never the keys themselves."""
     c = operator_key.c
     query = sa.select(*_KEY).where(c.revoked_at.is_(None)).order_by(c.created_at, c.id).limit(limit)
@@ -109,7 +119,9 @@ async def count_endpoints(conn: AsyncConnection) -> int:
 async def insert_endpoint(
     conn: AsyncConnection, endpoint_id: str, url: str, events: Sequence[str], sealed_secret: bytes
 ) -> Endpoint:
-    statement = insert(webhook_endpoint).values(id=endpoint_id, url=url, events=list(events), secret=sealed_secret)
+    statement = insert(webhook_endpoint).values(
+        id=endpoint_id, url=url, events=list(events), secret=sealed_secret
+    )
     return Endpoint(**(await conn.execute(statement.returning(*_ENDPOINT))).mappings().one())
 
 
@@ -134,3 +146,10 @@ async def delete_endpoint(conn: AsyncConnection, endpoint_id: str) -> Endpoint |
     )
     row = (await conn.execute(statement)).mappings().first()
     return None if row is None else Endpoint(**row)
+
+
+async def works(conn: AsyncConnection, key_id: str) -> bool:
+    """Whether this key has not been revoked."""
+    c = operator_key.c
+    query = sa.select(c.id).where(c.id == key_id, c.revoked_at.is_(None))
+    return (await conn.execute(query)).first() is not None

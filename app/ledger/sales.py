@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.ledger.tables import item as item_table
-from app.ledger.tables import journal, purchase_order, sms
+from app.ledger.tables import journal, outbox, purchase_order, sms
 from app.ledger.tables import sale as sale_table
 
 STATES = ("draft", "scheduled", "open", "paused", "closed", "settled")
@@ -97,8 +97,12 @@ async def clock(conn: AsyncConnection) -> datetime:
 async def insert_draft(
     conn: AsyncConnection, values: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Store a new draft. False: the id is taken, or was by a draft that has been deleted (an id is never used again)."""
-    used = sa.select(journal.c.id).where(journal.c.sale == values["id"], journal.c.action == "sale.delete").limit(1)
+    """Store a new draft. False: the id is taken, or was by a deleted draft (an id is never used again)."""
+    used = (
+        sa.select(journal.c.id)
+        .where(journal.c.sale == values["id"], journal.c.action == "sale.delete")
+        .limit(1)
+    )
     if (await conn.execute(used)).first() is not None:
         return False
     statement = insert(sale_table).values(**values).on_conflict_do_nothing(index_elements=["id"])
@@ -141,7 +145,9 @@ async def page(
 
 async def _items(conn: AsyncConnection, sales: list[str]) -> dict[str, tuple[Item, ...]]:
     query = (
-        sa.select(*_ITEM).where(item_table.c.sale.in_(sales)).order_by(item_table.c.sale, item_table.c.position)
+        sa.select(*_ITEM)
+        .where(item_table.c.sale.in_(sales))
+        .order_by(item_table.c.sale, item_table.c.position)
     )
     found: dict[str, list[Item]] = {}
     for row in (await conn.execute(query)).mappings():
@@ -190,7 +196,8 @@ async def add_units(conn: AsyncConnection, sale: str, sku: str, units: int) -> i
         .values(total=c.total + units)
         .returning(c.total)
     )
-    return (await conn.execute(statement)).scalar_one_or_none()
+    total = (await conn.execute(statement)).scalar_one_or_none()
+    return None if total is None else int(total)
 
 
 # ---- what is shown live ---------------------------------------------------------------------------------------------
@@ -234,3 +241,112 @@ async def latency(conn: AsyncConnection, sale: str, within_s: int) -> dict[str, 
     ).where(c.sale == sale)
     row = (await conn.execute(query)).mappings().one()
     return {name: None if value is None else round(float(value), 1) for name, value in row.items()}
+
+
+# ---- negative top-ups: Redis first, so the intent is written before -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Intent:
+    """Units that are to be taken out of a sale: an outbox row that no relay leases (`stock_take`, state `intent`)."""
+
+    row_id: int
+    sale: str
+    epoch: int
+    sku: str
+    units: int  # negative
+    take_id: str  # names the take in Redis, once
+    actor: str
+    role: str
+    reason: str | None
+
+
+async def intend_take(
+    conn: AsyncConnection,
+    sale: str,
+    epoch: int,
+    *,
+    sku: str,
+    units: int,
+    take_id: str,
+    actor: str,
+    role: str,
+    reason: str | None,
+) -> int:
+    """Note a take before Redis hears of it; the same take again finds its row. Returns the row's id."""
+    c = outbox.c
+    query = sa.select(c.id).where(
+        c.kind == "stock_take", c.state == "intent", c.sale == sale, c.payload["id"].astext == take_id
+    )
+    if (found := (await conn.execute(query)).scalar_one_or_none()) is not None:
+        return int(found)
+    payload = {"sku": sku, "units": units, "id": take_id, "actor": actor, "role": role, "reason": reason}
+    statement = sa.insert(outbox).values(
+        kind="stock_take", state="intent", sale=sale, epoch=epoch, payload=payload
+    )
+    return int((await conn.execute(statement.returning(c.id))).scalar_one())
+
+
+async def intents(conn: AsyncConnection, older_than_s: float, limit: int) -> list[Intent]:
+    """Takes that nobody has finished for some time."""
+    c = outbox.c
+    query = (
+        sa.select(c.id, c.sale, c.epoch, c.payload)
+        .where(
+            c.kind == "stock_take",
+            c.state == "intent",
+            c.created_at < sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, float(older_than_s)),
+        )
+        .order_by(c.id)
+        .limit(limit)
+    )
+    found = []
+    for row in await conn.execute(query):
+        p = row.payload
+        found.append(
+            Intent(
+                row.id,
+                row.sale,
+                row.epoch,
+                p["sku"],
+                p["units"],
+                p["id"],
+                p["actor"],
+                p["role"],
+                p.get("reason"),
+            )
+        )
+    return found
+
+
+async def close_intent(conn: AsyncConnection, row_id: int, state: str) -> bool:
+    """End an intent (`done`, `dropped`). False: somebody else has."""
+    statement = (
+        sa.update(outbox)
+        .where(outbox.c.id == row_id, outbox.c.state == "intent")
+        .values(state=state, done_at=sa.func.now())
+        .returning(outbox.c.id)
+    )
+    return (await conn.execute(statement)).first() is not None
+
+
+async def unannounced(conn: AsyncConnection, older_than_s: float, limit: int) -> list[str]:
+    """Sales whose publish was committed and never reached Redis."""
+    c = sale_table.c
+    query = (
+        sa.select(c.id)
+        .where(
+            c.state != "draft",
+            c.home.is_(None),
+            c.published_at < sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, float(older_than_s)),
+        )
+        .limit(limit)
+    )
+    return [row.id for row in await conn.execute(query)]
+
+
+async def set_home(conn: AsyncConnection, sale: str, home: str) -> None:
+    """Note which Redis holds the sale, once it does; a rebuild's later home is not overwritten."""
+    await conn.execute(
+        sa.update(sale_table).where(sale_table.c.id == sale, sale_table.c.home.is_(None)).values(home=home)
+    )

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic.config import JsonDict
 
 from app.errors import Refusal
 
@@ -37,22 +38,24 @@ DRAW_FREEZE_MAX_S, DRAW_FREEZE_DEFAULT_S = 3_600, 10
 BEACON_WAIT_MAX_S, BEACON_WAIT_DEFAULT_S = 3_600, 60
 CHANNELS_MAX, AUDIENCE_MAX, RETURN_URLS_MAX = 10, 100, 20
 RETURN_URL_MAX = 500  # characters
-RUNS_MAX = timedelta(days=31)  # from the line's opening to the close; outcome strings and streams live that long
+RUNS_MAX = timedelta(
+    days=31
+)  # from the line's opening to the close; outcome strings and streams live that long
 EARLIEST, LATEST = datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
 YAML_MAX = 16_384  # bytes, as for a request body
 
 PassMode = Literal["optional", "required"]
 Challenge = Literal["none", "pow", "captcha"]
 
-# ISO 4217, active codes with a minor unit of 0 to 4 digits.
-CURRENCIES = frozenset(
-    "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CLF "
-    "CLP CNY COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL HTG "
-    "HUF IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA "
-    "MKD MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP PKR PLN PYG QAR RON RSD "
-    "RUB RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX "
-    "USD UYU UZS VES VND VUV WST XAF XCD XCG XOF XPF YER ZAR ZMW ZWG".split()
-)
+_CURRENCIES = """
+AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CLF CLP CNY
+COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL HTG HUF IDR ILS INR
+IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA MKD MMK MNT MOP MRU MUR
+MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP PKR PLN PYG QAR RON RSD RUB RWF SAR SBD SCR SDG SEK SGD
+SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX USD UYU UZS VES VND VUV WST XAF XCD XCG
+XOF XPF YER ZAR ZMW ZWG
+"""
+CURRENCIES = frozenset(_CURRENCIES.split())  # ISO 4217, active codes
 
 
 def _line_of_text(value: str) -> str:
@@ -78,13 +81,18 @@ Time = Annotated[
     ),
 ]
 Currency = Annotated[
-    str, StringConstraints(pattern=r"^[A-Z]{3}$"), Field(description="ISO 4217", examples=["EUR", "CNY", "JPY"])
+    str,
+    StringConstraints(pattern=r"^[A-Z]{3}$"),
+    Field(description="ISO 4217", examples=["EUR", "CNY", "JPY"]),
 ]
 Word = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.-]{0,31}$")]
 Beacon = Annotated[
     str,
     StringConstraints(pattern=r"^[a-z0-9][a-zA-Z0-9:._/?=&-]{0,199}$"),
-    Field(description="the public random value that the draw waits for, or `none` (the draw trusts the operator)"),
+    Field(
+        description="the public random value that the draw waits for, or `none` (the draw trusts the operator): "
+        "an https address that serves it (its JSON `randomness`, else SHA-256 of the body), or a word"
+    ),
 ]
 Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX, allow_inf_nan=False)]
 PayWithin = Annotated[
@@ -109,7 +117,9 @@ class ItemIn(_Strict):
 
     sku: Sku
     title: Title
-    price_minor: int = Field(ge=1, le=PRICE_MINOR_MAX, description="in minor units of the currency")
+    price_minor: int = Field(
+        ge=0, le=PRICE_MINOR_MAX, description="in minor units of the currency; 0: a gift"
+    )
     currency: Currency
     units: Units
 
@@ -136,22 +146,38 @@ class _Fields(_Strict):
     pay_within_s: PayWithin | None = None
     limit_per_buyer: int | None = Field(None, ge=1, le=LIMIT_PER_BUYER_MAX, description="units")
     rate_per_s: Rate | None = Field(None, description="tickets served per s; null: as fast as stock allows")
-    standby: bool | None = Field(None, description="the line waits for returned units; needs limit_per_buyer = 1")
+    standby: bool | None = Field(
+        None, description="the line waits for returned units; needs limit_per_buyer = 1"
+    )
     line_max: int | None = Field(None, ge=1, le=LINE_MAX_MAX, description="waiting tickets of an item")
     pass_: PassMode | None = Field(None, alias="pass")
     challenge: Challenge | None = None
-    audience: Annotated[list[Annotated[Line, StringConstraints(min_length=1, max_length=64)]], Field(max_length=AUDIENCE_MAX)] | None = Field(
-        None, description="groups of buyers (JWT claim `groups`) that may take part; null: everyone"
-    )
+    audience: (
+        Annotated[
+            list[Annotated[Line, StringConstraints(min_length=1, max_length=64)]],
+            Field(max_length=AUDIENCE_MAX),
+        ]
+        | None
+    ) = Field(None, description="groups of buyers (JWT claim `groups`) that may take part; null: everyone")
     channels: Annotated[list[Word], Field(min_length=1, max_length=CHANNELS_MAX)] | None = None
     default_channel: Word | None = Field(None, description="null: no payment is started by itself")
-    return_urls: Annotated[
-        list[Annotated[Line, StringConstraints(min_length=8, max_length=RETURN_URL_MAX)]], Field(max_length=RETURN_URLS_MAX)
-    ] | None = Field(None, description="beginnings that a payment's return_url may have")
+    return_urls: (
+        Annotated[
+            list[Annotated[Line, StringConstraints(min_length=8, max_length=RETURN_URL_MAX)]],
+            Field(max_length=RETURN_URLS_MAX),
+        ]
+        | None
+    ) = Field(None, description="beginnings that a payment's return_url may have")
     items: Annotated[list[ItemIn], Field(min_length=1, max_length=ITEMS_MAX)] | None = None
 
 
-_EXAMPLE_ITEM = {"sku": "PH-128", "title": "Phone 128 GB", "price_minor": 59900, "currency": "EUR", "units": 500}
+_EXAMPLE_ITEM: JsonDict = {
+    "sku": "PH-128",
+    "title": "Phone 128 GB",
+    "price_minor": 59900,
+    "currency": "EUR",
+    "units": 500,
+}
 
 
 class SaleIn(_Fields):
@@ -184,7 +210,9 @@ class SalePatch(_Fields):
     """The fields to change; fields left out stay, null puts a field back to its default."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [{"title": "Phone, first batch", "rate_per_s": 50}]}
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"title": "Phone, first batch", "rate_per_s": 50}]},
     )
 
 
@@ -253,7 +281,9 @@ def read_time(text: str, zone: str | None) -> datetime | str:
         naive = datetime.fromisoformat(f"{found['day']}T{found['clock']}{found['seconds'] or ':00'}.{part}")
         if found["zone"]:
             offset = "+00:00" if found["zone"] in "Zz" else found["zone"]
-            moment = datetime.fromisoformat(f"{naive.isoformat(timespec='milliseconds')}{offset}").astimezone(UTC)
+            moment = datetime.fromisoformat(f"{naive.isoformat(timespec='milliseconds')}{offset}").astimezone(
+                UTC
+            )
         elif zone is None:
             return "time_without_zone"
         else:
@@ -286,13 +316,6 @@ def refuse(errors: Sequence[Mapping[str, str]]) -> Refusal:
     code = "time_without_zone" if any(e["code"] == "time_without_zone" for e in errors) else "invalid"
     told = ", ".join(f"{e['path']} ({e['code']})" for e in errors[:5])
     return Refusal(422, code, f"the document does not hold: {told}", errors=errors)
-
-
-def codes_of(error: ValidationError) -> list[dict[str, str]]:
-    """Pydantic's findings as {path, code}."""
-    return [
-        {"path": "/".join(str(part) for part in found["loc"]), "code": str(found["type"])} for found in error.errors()
-    ]
 
 
 @dataclass(frozen=True)
@@ -384,13 +407,16 @@ def _settle(
         wrong("channels", "not_unique")
     if default_channel is not None and default_channel not in channels:
         wrong("default_channel", "not_in_channels")
+    beacon: str = chosen("beacon", "none")
+    if "://" in beacon and not is_web_address(beacon):
+        wrong("beacon", "not_an_address")
     audience: list[str] | None = chosen("audience", None)
     if audience is not None and len(set(audience)) != len(audience):
         wrong("audience", "not_unique")
     return_urls: list[str] = chosen("return_urls", [])
     for at, url in enumerate(return_urls):
-        if not _is_web_address(url):
-            wrong(f"return_urls/{at}", "not_an_address")
+        if not is_web_address(url):
+            wrong(f"return_urls.{at}", "not_an_address")
     rate: float | None = chosen("rate_per_s", None)
 
     freeze_s = 0
@@ -405,8 +431,10 @@ def _settle(
         default_freeze_s = min(DRAW_FREEZE_DEFAULT_S, gap_s)
         # A copy has other times: only a freeze that was asked for must fit them.
         kept = base.draw_freeze_s if base is not None else default_freeze_s
-        freeze_s = given.draw_freeze_s if given.draw_freeze_s is not None else (
-            default_freeze_s if "draw_freeze_s" in given_names else min(kept, gap_s)
+        freeze_s = (
+            given.draw_freeze_s
+            if given.draw_freeze_s is not None
+            else (default_freeze_s if "draw_freeze_s" in given_names else min(kept, gap_s))
         )
         if freeze_s > gap_s:
             wrong("draw_freeze_s", "before_line_opens")
@@ -421,7 +449,7 @@ def _settle(
         opens_at=times["opens_at"],
         closes_at=times["closes_at"],
         draw_freeze_s=freeze_s,
-        beacon=chosen("beacon", "none"),
+        beacon=beacon,
         beacon_wait_s=chosen("beacon_wait_s", BEACON_WAIT_DEFAULT_S),
         pay_within_s=pay_within_s,
         limit_per_buyer=limit,
@@ -439,9 +467,7 @@ def _settle(
     )
 
 
-def _items_of(
-    given: _Fields, given_names: set[str], base: Terms | None, wrong: Any
-) -> tuple[ItemTerms, ...]:
+def _items_of(given: _Fields, given_names: set[str], base: Terms | None, wrong: Any) -> tuple[ItemTerms, ...]:
     if given.items is None:
         if "items" not in given_names and base is not None:
             return base.items
@@ -450,21 +476,28 @@ def _items_of(
     seen: set[str] = set()
     for at, item in enumerate(given.items):
         if item.sku in seen:
-            wrong(f"items/{at}/sku", "not_unique")
+            wrong(f"items.{at}.sku", "not_unique")
         seen.add(item.sku)
         if item.currency not in CURRENCIES:
-            wrong(f"items/{at}/currency", "unknown_currency")
+            wrong(f"items.{at}.currency", "unknown_currency")
     return tuple(ItemTerms(i.sku, i.title, i.price_minor, i.currency, i.units) for i in given.items)
 
 
-def _is_web_address(url: str) -> bool:
+def is_web_address(url: str) -> bool:
     """https anywhere, http only to this machine; no user name, no fragment."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         return False
-    if parts.username is not None or parts.fragment or not parts.hostname or port == 0 or not url.isascii() or " " in url:
+    if (
+        parts.username is not None
+        or parts.fragment
+        or not parts.hostname
+        or port == 0
+        or not url.isascii()
+        or " " in url
+    ):
         return False
     return parts.scheme == "https" or (
         parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
@@ -473,7 +506,9 @@ def _is_web_address(url: str) -> bool:
 
 # ---- after publish --------------------------------------------------------------------------------------------------
 # Free until the sale is closed. Everything else that is not named in `locked` is fixed by publish.
-FREE_AFTER_PUBLISH = frozenset({"title", "rate_per_s", "standby", "line_max", "closes_at", "pay_within_s", "time_zone"})
+FREE_AFTER_PUBLISH = frozenset(
+    {"title", "rate_per_s", "standby", "line_max", "closes_at", "pay_within_s", "time_zone"}
+)
 
 
 def locked(old: Terms, new: Terms, state: str, now: datetime) -> list[dict[str, str]]:
@@ -516,9 +551,9 @@ def _locked_items(old: Terms, new: Terms, now: datetime) -> list[dict[str, str]]
     for at, (before, after) in enumerate(zip(old.items, new.items, strict=True)):
         for part in ("title", "currency", "units"):
             if getattr(before, part) != getattr(after, part):
-                late.append({"path": f"items/{at}/{part}", "code": "fixed_after_publish"})
+                late.append({"path": f"items.{at}.{part}", "code": "fixed_after_publish"})
         if before.price_minor != after.price_minor and old.line_opens_at <= now:
-            late.append({"path": f"items/{at}/price_minor", "code": "has_passed"})
+            late.append({"path": f"items.{at}.price_minor", "code": "has_passed"})
     return late
 
 
@@ -536,17 +571,19 @@ def keep_freeze(old: Terms, new: Terms, now: datetime) -> Terms:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types only: no dates, no base-60 numbers, `no` is a word; no aliases, no repeated keys."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases are not allowed", self.peek_event().start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is repeated or no text", key_node.start_mark

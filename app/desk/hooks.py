@@ -1,0 +1,38 @@
+"""Where suppliers call back. Verified on the raw bytes and committed before the supplier's own success reply."""
+
+from __future__ import annotations
+
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Path, Request, Response
+
+from app.problems import bounded_body, refusals
+from app.providers.registry import Providers
+from app.purchase import pay
+
+router = APIRouter(tags=["hooks"])
+
+
+@router.post(
+    "/v1/hooks/{provider}",
+    responses={
+        200: {"description": "the supplier's own success reply: committed", "content": {"*/*": {}}},
+        401: {"description": "signature, timestamp or merchant do not hold"},
+        503: {"description": "not committed: call again"},
+        **refusals("no_such_provider", "too_large", "invalid"),
+    },
+    response_class=Response,
+    summary="A supplier's call-back",
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": {}}}, "required": True}},
+)
+async def hook(
+    provider: Annotated[str, Path(pattern=r"^[a-z][a-z0-9_-]{0,63}$")], request: Request
+) -> Response:
+    """Signature, timestamp, amount, currency, merchant and order number are verified on the raw bytes."""
+    state = request.app.state
+    raw = await bounded_body(request, pay.HOOK_BODY_MAX_BYTES)
+    answer = await pay.take_hook(
+        state.engine, cast(Providers, state.providers), provider, dict(request.headers), raw
+    )
+    headers = {**answer.headers, "content-type": answer.content_type}
+    return Response(answer.body, status_code=answer.status, headers=headers)

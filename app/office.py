@@ -1,0 +1,219 @@
+"""The office process: wiring and lifespan. Operators, the shop's feed and suppliers' call-backs; Redis and Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import problems
+from app.desk import events, hooks, journal, keys, live, orders, pages, probes, providers, sales
+from app.desk.live import Watch
+from app.desk.wiring import Desk
+from app.errors import CannotStart, DidNotHappen, Unknown
+from app.ledger import idempotency, operators
+from app.ledger.engine import create_engine, passes
+from app.problems import refuse
+from app.providers.registry import open_providers
+from app.resources import release
+from app.sale import publish
+from app.scripts import Link, Scripts
+from app.sealing import sealing_keys
+from app.serve import listen
+from app.settings import Settings
+from app.telemetry import Metrics
+from app.tokens import Keyring, signing_keys
+
+OPERATOR_KEY_MIN = 16  # characters; what the first admin can be given and nobody can guess
+TEND_EVERY_S = 1.0  # between two looks for what was left half done
+FORGET_EVERY_S = 3_600.0
+_log = structlog.get_logger("office")
+
+DESCRIPTION = """\
+The operators' side of a flash sale: drafts, publish, switches, orders, audit, the shop's event feed.
+
+`Authorization: Bearer <key>`; roles viewer (reads), operator (runs sales, orders, breakers), admin (keys, webhooks).
+Every POST takes `Idempotency-Key` (the same key and body again is answered as the first time, for 7 days; another body
+is 409 `key_reused`), `reason` and `?dry_run=true`. Every change is in the journal. Changes are live on every front door
+within 200 ms; 202 means committed, and live as soon as Redis answers. Refusals are problem documents (RFC 9457).
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The office as an ASGI application. CannotStart: a secret or an address is missing or bad."""
+    ring = Keyring(signing_keys(settings.signing_keys.get_secret_value()))
+    seal_keys = sealing_keys(settings.pii_keys.get_secret_value())
+    if not seal_keys:
+        raise CannotStart("FAIRDROP_PII_KEYS is missing: secrets of webhooks could not be sealed")
+    if not settings.redis_url:
+        raise CannotStart("FAIRDROP_REDIS_URL is missing")
+    if not settings.database_url:
+        raise CannotStart("FAIRDROP_DATABASE_URL is missing")
+    first_key = settings.operator_key.get_secret_value()
+    if first_key and len(first_key) < OPERATOR_KEY_MIN:
+        raise CannotStart(f"FAIRDROP_OPERATOR_KEY needs at least {OPERATOR_KEY_MIN} characters")
+    link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-office")
+    engine = create_engine(settings, name="fairdrop-office")
+    desk = Desk(settings, engine, link, Scripts(link), ring, seal_keys)
+    desk.watch = Watch(desk)
+    suppliers = open_providers(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await link.start()
+        tender = Tender(desk, first_key)
+        await tender.tend()
+        hook_server = HookServer(hooks_app(desk, app), settings) if settings.hooks_port else None
+        tasks = [
+            asyncio.create_task(tender.run(), name="tend"),
+            asyncio.create_task(desk.watch.run(), name="watch"),
+        ]
+        if hook_server is not None:
+            tasks.append(asyncio.create_task(hook_server.run(), name="hooks"))
+        try:
+            yield
+        finally:
+            desk.draining = True
+            if hook_server is not None:
+                await hook_server.stop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await suppliers.close()
+            await link.close()
+            await engine.dispose()
+
+    app = _Office(
+        title="Fairdrop office",
+        summary="Run flash sales: publish, watch, turn, refund, prove.",
+        description=DESCRIPTION,
+        version=release(),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+    )
+    app.state.desk = desk
+    app.state.metrics = Metrics(settings)
+    app.state.draining = False
+    _answer_problems(app)
+    for router in (
+        sales.router, orders.router, live.router, providers.router, journal.router, keys.router, events.router,
+        probes.router, pages.router,
+    ):  # fmt: skip
+        app.include_router(router)
+    if not settings.hooks_port:
+        app.include_router(hooks.router)
+    app.state.engine, app.state.providers = engine, suppliers
+    return app
+
+
+class _Office(FastAPI):
+    def drain(self) -> None:
+        """SIGTERM: /readyz says draining, event streams end; everything else is served on."""
+        self.state.draining = True
+        self.state.desk.draining = True
+
+
+def hooks_app(desk: Desk, office: FastAPI) -> FastAPI:
+    """Suppliers' call-backs and nothing else, for a listener that the internet may reach."""
+    app = FastAPI(
+        title="Fairdrop hooks", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.state.engine, app.state.providers = desk.engine, office.state.providers
+    _answer_problems(app)
+    app.include_router(hooks.router)
+    return app
+
+
+def _answer_problems(app: FastAPI) -> None:
+    problems.install(app)
+
+    async def on_store(request: Request, error: Exception) -> Response:
+        if passes(error):
+            return problems.answer(
+                request, refuse("busy", "A store does not answer; repeat the same request.", retry_after_s=2)
+            )
+        _log.error("request_failed", path=request.url.path, error=repr(error))
+        return problems.answer(request, refuse("internal", "Something broke on our side."))
+
+    for kind in (SQLAlchemyError, OSError, TimeoutError):
+        app.add_exception_handler(kind, on_store)
+
+
+class HookServer:
+    """uvicorn within the office's loop; signals are the office's business."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self._wire = listen(
+            settings.office_host,
+            settings.hooks_port,
+            settings.listen_backlog,
+            what="hooks",
+            option="FAIRDROP_HOOKS_PORT",
+        )
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(settings.close_within_s)),
+        )
+        self._server = uvicorn.Server(config)
+        self._served: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        self._server.config.load()
+        self._server.lifespan = self._server.config.lifespan_class(self._server.config)
+        self._served = asyncio.current_task()
+        await self._server._serve([self._wire])  # without serve()'s signal handlers
+
+    async def stop(self) -> None:
+        self._server.should_exit = True
+        if self._served is not None:
+            await asyncio.wait([self._served], timeout=self._server.config.timeout_graceful_shutdown)
+
+
+class Tender:
+    """Keeps the office in order: the first admin's key, what was left half done, answers that are too old."""
+
+    def __init__(self, desk: Desk, first_key: str) -> None:
+        self._desk = desk
+        self._first_key = first_key
+        self._forgot_at = 0.0
+        self._trouble = ""
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(TEND_EVERY_S)
+            await self.tend()
+
+    async def tend(self) -> None:
+        """One look. A store that is away is tried again at the next."""
+        desk = self._desk
+        try:
+            if self._first_key:
+                async with desk.engine.begin() as conn:
+                    await operators.put_first(conn, self._first_key)
+                self._first_key = ""
+            await publish.finish_half_done(desk.engine, desk.link, desk.scripts, desk.settings)
+            if time.monotonic() - self._forgot_at > FORGET_EVERY_S:
+                async with desk.engine.begin() as conn:
+                    await idempotency.forget_old(conn)
+                self._forgot_at = time.monotonic()
+            self._trouble = ""
+        except (DidNotHappen, Unknown, SQLAlchemyError, OSError, TimeoutError) as error:
+            trouble = type(error).__name__
+            if trouble != self._trouble:
+                _log.warning("office_waits_for_a_store", error=str(error)[:300])
+            self._trouble = trouble
