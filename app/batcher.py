@@ -94,7 +94,7 @@ class Batcher(Generic[T, R]):
         except asyncio.CancelledError:
             self._fail(batch, Unknown("the process is stopping"))
             raise
-        except Exception as error:  # goes to every waiter; nothing is swallowed
+        except Exception as error:  # noqa: BLE001  nothing is swallowed: it goes to every waiter
             self._fail(batch, error)
         else:
             for (_, future), result in zip(batch, results, strict=True):

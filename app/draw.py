@@ -1,7 +1,7 @@
 """The draw: who joined before the minute gets a rank that was committed to beforehand and that anyone can recompute.
 
-rank = P(seq), P a permutation of 1..n: a generalised Feistel network on a x b >= n (a = ceil(sqrt n)), walked until it
-falls inside 1..n. One round adds a keyed quartic of one half, mod the prime 2^25 - 39, to the other half. All products
+rank = P(seq), P a permutation of 1..n: a generalised Feistel network on a x b >= n (a = ceil(sqrt n)), walked
+until it falls inside 1..n. One round adds a keyed quartic of one half, mod the prime 2^25 - 39, to the other half. All products
 stay below 2^51, so the doubles of Lua give the same integers (lua/parts/draw.lua); nothing here is a secret cipher,
 what must not be known beforehand is the key:
 
@@ -55,25 +55,25 @@ def rank_of(seq: int, n: int, keys: RoundKeys) -> int:
      k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24) = keys.constants  # fmt: skip
     x = seq - 1
     while True:
-        r, l = divmod(x, a)
+        right, left = divmod(x, a)
         # unrolled: twice as fast as a loop in CPython, and a front door does this once a poll
-        t = ((r + k1) % p) ** 2 + k2
-        l = (l + ((t % p) ** 2 + k3) % p) % a
-        t = ((l + k4) % p) ** 2 + k5
-        r = (r + ((t % p) ** 2 + k6) % p) % b
-        t = ((r + k7) % p) ** 2 + k8
-        l = (l + ((t % p) ** 2 + k9) % p) % a
-        t = ((l + k10) % p) ** 2 + k11
-        r = (r + ((t % p) ** 2 + k12) % p) % b
-        t = ((r + k13) % p) ** 2 + k14
-        l = (l + ((t % p) ** 2 + k15) % p) % a
-        t = ((l + k16) % p) ** 2 + k17
-        r = (r + ((t % p) ** 2 + k18) % p) % b
-        t = ((r + k19) % p) ** 2 + k20
-        l = (l + ((t % p) ** 2 + k21) % p) % a
-        t = ((l + k22) % p) ** 2 + k23
-        r = (r + ((t % p) ** 2 + k24) % p) % b
-        x = r * a + l
+        t = ((right + k1) % p) ** 2 + k2
+        left = (left + ((t % p) ** 2 + k3) % p) % a
+        t = ((left + k4) % p) ** 2 + k5
+        right = (right + ((t % p) ** 2 + k6) % p) % b
+        t = ((right + k7) % p) ** 2 + k8
+        left = (left + ((t % p) ** 2 + k9) % p) % a
+        t = ((left + k10) % p) ** 2 + k11
+        right = (right + ((t % p) ** 2 + k12) % p) % b
+        t = ((right + k13) % p) ** 2 + k14
+        left = (left + ((t % p) ** 2 + k15) % p) % a
+        t = ((left + k16) % p) ** 2 + k17
+        right = (right + ((t % p) ** 2 + k18) % p) % b
+        t = ((right + k19) % p) ** 2 + k20
+        left = (left + ((t % p) ** 2 + k21) % p) % a
+        t = ((left + k22) % p) ** 2 + k23
+        right = (right + ((t % p) ** 2 + k24) % p) % b
+        x = right * a + left
         if x < n:
             return x + 1
 
@@ -85,13 +85,13 @@ def seq_of(rank: int, n: int, keys: RoundKeys) -> int:
     a, b, p, k = keys.a, keys.b, PRIME, keys.constants
     x = rank - 1
     while True:
-        r, l = divmod(x, a)
+        right, left = divmod(x, a)
         for at in range(3 * ROUNDS - 6, -1, -6):
-            t = ((l + k[at + 3]) % p) ** 2 + k[at + 4]
-            r = (r - ((t % p) ** 2 + k[at + 5]) % p) % b
-            t = ((r + k[at]) % p) ** 2 + k[at + 1]
-            l = (l - ((t % p) ** 2 + k[at + 2]) % p) % a
-        x = r * a + l
+            t = ((left + k[at + 3]) % p) ** 2 + k[at + 4]
+            right = (right - ((t % p) ** 2 + k[at + 5]) % p) % b
+            t = ((right + k[at]) % p) ** 2 + k[at + 1]
+            left = (left - ((t % p) ** 2 + k[at + 2]) % p) % a
+        x = right * a + left
         if x < n:
             return x + 1
 

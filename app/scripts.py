@@ -1050,7 +1050,7 @@ class Scripts:
         epoch: int,
         sku: str,
         units: int,
-        id: str,  # noqa: A002  the word of the contract
+        id: str,  # noqa: A002
         work_max: int,
         backlog_max: int,
         now_ms: int = 0,

@@ -17,7 +17,7 @@
 -- ARGV[8...] pairs   n pairs sku, units; then pairs of a field of `sale` and its value
 --
 -- Returns {'PUBLISHED'} | {'ALREADY'} same epoch | {'OTHER', epoch} | {'LEFTOVER'}: keys of this sale without `sale`
--- Law: a sale is published once an epoch; nothing that exists is written over.
+-- Law: a sale is published once an epoch; nothing that exists is written over. The token bucket starts full.
 -- Cost: O(items).
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
 if epoch then
@@ -32,6 +32,12 @@ if now == 0 then
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
 local n = tonumber(ARGV[7])
+local burst = 0
+for i = 8 + 2 * n, #ARGV, 2 do
+  if ARGV[i] == 'burst' then
+    burst = tonumber(ARGV[i + 1])
+  end
+end
 redis.call('XGROUP', 'CREATE', KEYS[4], ARGV[6], '0', 'MKSTREAM')
 redis.call('XGROUP', 'CREATE', KEYS[5], ARGV[6], '0', 'MKSTREAM')
 for i = 1, n do
@@ -43,5 +49,5 @@ for i = 1, n do
 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 8 + 2 * n))
 redis.call('HSET', KEYS[1], 'fmt', 1, 'epoch', ARGV[1], 'home', ARGV[2], 'seed_hash', ARGV[5], 'last_ms', now,
-  'tokens_micro', 0, 'opened', 0)
+  'tokens_micro', burst * 1000000, 'opened', 0)
 return {'PUBLISHED'}
