@@ -596,6 +596,7 @@ def check_redis(url: str) -> str:
     try:
         client = redis.Redis.from_url(
             url,
+            protocol=2,  # HELLO is news to the very servers that are to be told that they are too old
             socket_timeout=REDIS_ANSWERS_WITHIN_S,
             socket_connect_timeout=REDIS_ANSWERS_WITHIN_S,
             retry=None,
