@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from app.alarm import alert
-from app.errors import DidNotHappen, Unknown
+from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
 from app.ledger import events
@@ -40,7 +40,6 @@ from app.purchase.confirm import TOOK, Confirmer, Entry
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler
 from app.scripts import Link, Scripts
-from app.serve import listen
 from app.settings import Settings
 from app.telemetry import Metrics
 
@@ -52,6 +51,7 @@ EVENTS_MAX = 2_000
 COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
 SETTLE_EVERY_S = 2.0
 DEADLINES_EVERY_S = 1.0
+PROBES_BACKLOG = 64
 READY_WITHIN_S = 1.0  # a probe's look at Postgres
 ALERT_AFTER_S = 60.0  # a loop that fails for longer calls a person
 
@@ -399,9 +399,7 @@ def create_app(worker: Worker) -> Starlette:
 async def run(settings: Settings) -> None:
     """The process: probes and loops until SIGTERM or Ctrl-C. CannotStart: its port is taken, or a setting is wrong."""
     worker = Worker(settings)
-    wire = listen(
-        settings.worker_host, settings.worker_port, settings.listen_backlog, what="worker", option="--port"
-    )
+    wire = _listen(settings.worker_host, settings.worker_port)
     if path := os.environ.get("FAIRDROP_PORT_FILE"):
         draft = Path(f"{path}.draft")
         draft.write_text(f"{wire.getsockname()[1]}\n", encoding="ascii")
@@ -419,6 +417,16 @@ async def run(settings: Settings) -> None:
     finally:
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(sign)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=PROBES_BACKLOG)
+    except OSError as error:
+        raise CannotStart(
+            f"worker: cannot listen on {host}:{port}: {error.strerror or error}; choose another port with --port"
+        ) from error
 
 
 class _Server(uvicorn.Server):

@@ -15,7 +15,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
-from alembic.script.revision import RevisionError
+from alembic.util.exc import CommandError
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -85,7 +85,7 @@ def _refuse_unknown(connection: Connection, scripts: ScriptDirectory) -> str | N
     if current is not None:
         try:
             scripts.get_revision(current)
-        except RevisionError as error:
+        except CommandError as error:
             raise CannotStart(
                 f"the database has migration {current}, which this release does not know: a newer fairdrop made it"
             ) from error

@@ -255,7 +255,6 @@ refund = sa.Table(
     sa.CheckConstraint("amount_minor > 0", name="refund_positive"),
 )
 sa.Index("refunds_due", refund.c.next_at, postgresql_where=sa.text("state IN ('due', 'sent', 'unknown')"))
-sa.Index("refunds_due", refund.c.next_at, postgresql_where=sa.text("state IN ('due', 'sent', 'unknown')"))
 sa.Index("refunds_of_order", refund.c.order_no)
 
 webhook_inbox = sa.Table(
