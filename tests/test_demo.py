@@ -53,6 +53,7 @@ def kept(result: dict[str, Any]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_whole_sale_prints_one_json_document_and_every_promise_is_kept() -> None:
     status, out, err = run_demo("--buyers", "400", "--units", "40", "--seed", "3", "--json")
     assert status == 0, err
@@ -73,6 +74,7 @@ def test_a_whole_sale_prints_one_json_document_and_every_promise_is_kept() -> No
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_killing_the_worker_in_the_middle_changes_nothing_in_the_result() -> None:
     status, out, err = run_demo("--buyers", "400", "--units", "40", "--seed", "3", "--json", "--kill-worker")
     assert "kill -9 of the worker (process " in err
