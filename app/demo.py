@@ -181,9 +181,8 @@ class Desk:
     """The operator's side: the office's HTTP API with a key."""
 
     def __init__(self, url: str, key: str) -> None:
-        self._http = httpx.AsyncClient(
-            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=15.0, trust_env=False
-        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=15.0, trust_env=False)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -336,7 +335,7 @@ class View:
     def step(self, what: str) -> None:
         self._step = what
         if self._live is None:
-            self.console.print(f"{time.monotonic() - self._began:5.1f} s  {what}", highlight=False)
+            self.console.print(f"{time.monotonic() - self._began:5.1f} s  {what}", highlight=False, soft_wrap=True)
         else:
             self.redraw()
 

@@ -20,7 +20,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -120,8 +120,7 @@ class _Wire(asyncio.Protocol):
 
     # asyncio.Protocol
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, but not a subclass
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.loop.time()
