@@ -122,7 +122,9 @@ class Shop:
             seed_hash=hashlib.sha256(bytes(32)).hexdigest(),
         )  # fmt: skip
         assert published == Published()
-        await self.link.call("HSET", "fairdrop:sales", SALE, msgspec.json.encode({"version": 1, "ended": False}))
+        await self.link.call(
+            "HSET", "fairdrop:sales", SALE, msgspec.json.encode({"version": 1, "ended": False})
+        )
         await self.admitter.look()
 
     async def join(
