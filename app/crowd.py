@@ -32,6 +32,7 @@ CONNECTIONS_MAX = (
 REQUEST_DEADLINE_S = 10.0
 TRIES_MAX = 20  # of one request that may be repeated; with Retry-After this bridges a restart of any server
 RETRY_AFTER_MAX_S = 5.0  # a demo does not wait longer, whatever it is told
+KNOWN_STATES = frozenset(state.value for state in TicketState)
 POLL_UNKNOWN_S = 0.5  # before asking again after an answer without a ticket in it
 
 
@@ -348,7 +349,7 @@ class Crowd:
             if answer.status != 200:
                 raise Surprise(f"poll: {answer.status} {answer.body[:300]!r}")
             document: dict[str, Any] = answer.json()
-            if document["state"] in TicketState:
+            if document["state"] in KNOWN_STATES:
                 self._told(buyer, document)
                 return document
             await asyncio.sleep(POLL_UNKNOWN_S)  # an unknown state means: keep polling

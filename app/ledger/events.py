@@ -55,7 +55,7 @@ async def number(conn: AsyncConnection, limit: int) -> int:
     found = await conn.execute(
         text(
             "WITH fresh AS (SELECT id, row_number() OVER (ORDER BY written) AS nth FROM"
-            " (SELECT id, written FROM event WHERE position IS NULL ORDER BY written LIMIT :limit) AS some),"
+            " (SELECT id, written FROM event WHERE position IS NULL ORDER BY written LIMIT :limit) AS unnumbered),"
             " last AS (SELECT coalesce(max(position), 0) AS position FROM event)"
             " UPDATE event SET position = last.position + fresh.nth FROM fresh, last WHERE event.id = fresh.id"
         ),
