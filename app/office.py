@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import structlog
 import uvicorn
@@ -25,7 +26,6 @@ from app.resources import release
 from app.sale import publish
 from app.scripts import Link, Scripts
 from app.sealing import sealing_keys
-from app.serve import listen
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.tokens import Keyring, signing_keys
@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
             asyncio.create_task(desk.watch.run(), name="watch"),
         ]
         if hook_server is not None:
-            tasks.append(asyncio.create_task(hook_server.run(), name="hooks"))
+            hook_server.start()
         try:
             yield
         finally:
@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await suppliers.close()
+            await suppliers.aclose()
             await link.close()
             await engine.dispose()
 
@@ -148,40 +148,49 @@ def _answer_problems(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_store)
 
 
+class _Quiet(uvicorn.Server):
+    """Signals are the office's business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 class HookServer:
-    """uvicorn within the office's loop; signals are the office's business."""
+    """A listener of its own for suppliers' call-backs, within the office's loop. CannotStart: the port is taken."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        self._wire = listen(
-            settings.office_host,
-            settings.hooks_port,
-            settings.listen_backlog,
-            what="hooks",
-            option="FAIRDROP_HOOKS_PORT",
+        try:
+            self._wire = socket.create_server((settings.office_host, settings.hooks_port))
+        except OSError as error:
+            raise CannotStart(
+                f"hooks: cannot listen on {settings.office_host}:{settings.hooks_port}: {error.strerror}; "
+                "choose another port with FAIRDROP_HOOKS_PORT"
+            ) from error
+        self._within_s = settings.close_within_s
+        self._server = _Quiet(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                interface="asgi3",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(self._within_s)),
+            )
         )
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            ws="none",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(settings.close_within_s)),
-        )
-        self._server = uvicorn.Server(config)
         self._served: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        self._server.config.load()
-        self._server.lifespan = self._server.config.lifespan_class(self._server.config)
-        self._served = asyncio.current_task()
-        await self._server._serve([self._wire])  # without serve()'s signal handlers
+    def start(self) -> None:
+        self._served = asyncio.create_task(self._server.serve([self._wire]), name="hooks")
 
     async def stop(self) -> None:
+        """Finish what is under way, then close the port."""
         self._server.should_exit = True
         if self._served is not None:
-            await asyncio.wait([self._served], timeout=self._server.config.timeout_graceful_shutdown)
+            await asyncio.wait([self._served], timeout=self._within_s + 1)
+        self._wire.close()
 
 
 class Tender:

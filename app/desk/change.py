@@ -237,10 +237,10 @@ def posting(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
     async def post(
         request: Request,
         desk: TheDesk,
-        operator: Annotated[Operator, Depends(needs(role))],
         idempotency_key: KeyHeader,
         reason: ReasonQuery = None,
         dry_run: DryRun = False,
+        operator: Operator = Depends(needs(role)),  # not Annotated: `role` is not known where names are looked up
     ) -> Posting:
         return Posting(desk, operator, request, idempotency_key, reason, dry_run)
 
@@ -253,9 +253,9 @@ def editing(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
     async def edit(
         request: Request,
         desk: TheDesk,
-        operator: Annotated[Operator, Depends(needs(role))],
         reason: ReasonQuery = None,
         dry_run: DryRun = False,
+        operator: Operator = Depends(needs(role)),
     ) -> Posting:
         return Posting(desk, operator, request, None, reason, dry_run)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -259,7 +259,8 @@ class Terms:
 
 # ---- times ----------------------------------------------------------------------------------------------------------
 _TIME = re.compile(
-    r"(?P<day>\d{4}-\d\d-\d\d)[Tt ](?P<clock>\d\d:\d\d)(?P<seconds>:\d\d)?(?P<part>\.\d{1,9})?(?P<zone>[Zz]|[+-]\d\d:\d\d)?"
+    r"(?P<day>\d{4}-\d\d-\d\d)[Tt ](?P<clock>\d\d:\d\d)(?P<seconds>:\d\d)?(?P<part>\.\d{1,9})?"
+    r"(?P<zone>[Zz]|[+-]\d\d:\d\d)?"
 )
 
 
@@ -571,12 +572,12 @@ def keep_freeze(old: Terms, new: Terms, now: datetime) -> Terms:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types only: no dates, no base-60 numbers, `no` is a word; no aliases, no repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as in the base
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not allowed", self.peek_event().start_mark
+                None, None, "aliases are not allowed", None
             )
         return super().compose_node(parent, index)
 

@@ -260,7 +260,7 @@ async def _stock_add(
 async def settle_take(conn: AsyncConnection, sale_id: str, sku: str, units: int, intent_id: int) -> bool:
     """Lower Postgres' total by what Redis has given up, once. False: somebody else has done it.
 
-    Refused by Postgres (it would fall below what is owned) the units stay out of Redis: undersold, and an alert goes out.
+    Refused by Postgres (it would fall below what is owned) the units stay out of Redis: undersold, with an alert.
     """
     if not await sales.close_intent(conn, intent_id, "done"):
         return False
