@@ -1,13 +1,13 @@
 """The draw: who joined before the minute gets a rank that was committed to beforehand and that anyone can recompute.
 
-rank = P(seq), P a permutation of 1..n: a generalised Feistel network on a x b >= n (a = ceil(sqrt n)), walked
-until it falls inside 1..n. One round adds a keyed quartic of one half, mod the prime 2^25 - 39, to the other half. All products
-stay below 2^51, so the doubles of Lua give the same integers (lua/parts/draw.lua); nothing here is a secret cipher,
-what must not be known beforehand is the key:
+rank = P(seq), P a permutation of 1..n: a generalised Feistel network on a x b >= n (a = ceil(sqrt n)), walked until
+it falls inside 1..n. One round adds a keyed quartic of one half, mod the prime 2^25 - 39, to the other half. All
+products stay below 2^51, so the doubles of Lua give the same integers (lua/parts/draw.lua). Nothing here is a secret
+cipher; what nobody must know beforehand is the key:
 
     key   = SHA-1(seed bytes .. chain head .. beacon), hex
     seed    32 random bytes; their SHA-256 is public from publish, they themselves after the opening
-    chain   chain = SHA-1(chain .. ticket hash (10 raw bytes) .. seq in decimal), hex, for each early ticket in seq order;
+    chain   chain = SHA-1(chain .. ticket hash (10 raw bytes) .. seq in decimal), hex, for each early ticket, by seq;
             the first link is SHA-1("fairdrop:1:<sale>:<sku>:<epoch>:<seed hash>")
     beacon  '' for source `none` (operator-trusted) or with nobody in the draw; 'missing' if it never came
 """
@@ -149,7 +149,7 @@ def algorithm() -> dict[str, Any]:
             "Constants of round i = 1..8: the first 36 hex digits of sha1hex(key ':' i) as three numbers mod p, "
             "p = 33554393. a = ceil(sqrt(n)), b = ceil(n / a), x = seq - 1. Repeat until x < n: "
             "l = x mod a, r = x div a; odd rounds l = (l + f(r)) mod a, even rounds r = (r + f(l)) mod b, with "
-            "f(v) = ((((v + k1) mod p)^2 + k2) mod p)^2 + k3) mod p; x = r * a + l. Then rank = x + 1."
+            "f(v) = (((((v + k1) mod p)^2 + k2) mod p)^2 + k3) mod p; x = r * a + l. Then rank = x + 1."
         ),
         "test_vectors": vectors,
     }

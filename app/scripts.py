@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import random
 import re
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -117,6 +119,7 @@ class _Wire(asyncio.Protocol):
         self.lost = asyncio.Event()
         self.heard_at = loop.time()
         self.on_server_error: Callable[[str], None] | None = None
+        self.silent_s = 0.0  # a shorter deadline of one call does not cost the others their connection
 
     # asyncio.Protocol
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -209,8 +212,8 @@ class _Wire(asyncio.Protocol):
         call.timer = None
         if not call.future.done():
             call.future.set_exception(Unknown("Redis did not answer within the deadline"))
-        if self.heard_at < call.sent_at:  # silent since: TCP may never tell that the other side is gone
-            self.abort()
+        if self.heard_at < call.sent_at <= self.loop.time() - self.silent_s:
+            self.abort()  # TCP may never tell that the other side is gone
 
 
 class Link:
@@ -323,7 +326,7 @@ class Link:
                 self._wire, self.run_id, self.trouble = wire, info["run_id"], ""
                 self.connected = True
                 backoff_s = BACKOFF_FIRST_S
-                wire.on_server_error = self._server_error
+                wire.on_server_error, wire.silent_s = self._server_error, self.deadline_s * 0.9
                 if not tried.done():
                     tried.set_result(None)
                 log.info("redis: connected to %s, run_id %s", self._address, self.run_id)
@@ -405,8 +408,10 @@ class _Address:
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, socket.gaierror):
+        return error.strerror or "the name is not known"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own text hides the reason
     return str(error) or type(error).__name__
 
 
