@@ -1,0 +1,427 @@
+"""The operators' commands: they talk to a running office over HTTP, as any client does.
+
+The office is FAIRDROP_OFFICE_URL with FAIRDROP_OPERATOR_KEY, else what a running `up` wrote into urls.json. Exit
+status: 0 fine, 1 the office refused or the checked thing failed, 2 bad usage, no office, no key. `--json` prints the
+office's own answer and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from app.errors import CannotStart
+
+ASK_WITHIN_S = 30.0  # an audit of a large sale reads every order
+PAGE = 500  # rows asked for at once
+
+Json = Annotated[bool, typer.Option("--json", help="Print the office's answer as JSON, and nothing else.")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where a running `up` wrote urls.json. [default: .fairdrop]")
+]
+Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept in the journal.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")]
+Key = Annotated[
+    str | None,
+    typer.Option("--idempotency-key", help="Repeat a command safely; the same key has one effect."),
+]
+SaleArgument = Annotated[str, typer.Argument(metavar="SALE", help="The sale's id.")]
+
+sale = typer.Typer(help="Draft, publish, pause, resume, close and list sales.", no_args_is_help=True)
+key = typer.Typer(help="Make, list and revoke operators' keys (admin).", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `fairdrop`."""
+    app.add_typer(sale, name="sale")
+    app.add_typer(key, name="key")
+    app.command("providers")(providers)
+    app.command("audit")(audit)
+
+
+class Office:
+    """A client of the office."""
+
+    def __init__(self, data_dir: Path | None) -> None:
+        import httpx
+
+        url, operator_key = _where(data_dir)
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {operator_key}"},
+            timeout=ASK_WITHIN_S,
+            trust_env=False,
+        )
+        self._unreachable: tuple[type[Exception], ...] = (httpx.HTTPError, httpx.InvalidURL)
+        self.url = url
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """One call: the answer's JSON. Refused: exit 1, or 2 if it is the key. CannotStart: nobody answers."""
+        status, answer, _ = self.look(method, path, body, params=params, headers=headers)
+        if status >= 400:
+            refused(status, answer)
+        return answer
+
+    def look(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, Any, str | None]:
+        """One call, whatever the answer: status, JSON, ETag."""
+        given = {name: value for name, value in (params or {}).items() if value not in (None, False)}
+        try:
+            answer = self._http.request(method, path, json=body, params=given, headers=dict(headers or {}))
+        except self._unreachable as error:
+            raise CannotStart(f"no office answers at {self.url}: {error or type(error).__name__}") from error
+        try:
+            found = answer.json() if answer.content else None
+        except ValueError:
+            raise CannotStart(
+                f"{self.url} is no office: it answers {answer.status_code} without JSON"
+            ) from None
+        return answer.status_code, found, answer.headers.get("etag")
+
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        reason: str | None = None,
+        dry_run: bool = False,
+    ) -> Any:
+        """A change, under a key of its own unless one is given."""
+        headers = {"Idempotency-Key": idempotency_key or f"cli-{secrets.token_hex(12)}"}
+        params = {"reason": reason, "dry_run": "true" if dry_run else None}
+        return self.ask("POST", path, body, params=params, headers=headers)
+
+    def all_of(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        """Every row of a list."""
+        rows: list[dict[str, Any]] = []
+        cursor = None
+        while True:
+            page = self.ask("GET", path, params={**params, "limit": PAGE, "cursor": cursor})
+            rows += page["data"]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return rows
+
+
+def _where(data_dir: Path | None) -> tuple[str, str]:
+    """The office's address and a key for it. CannotStart: one of them is missing."""
+    from app.settings import Settings
+    from app.supervisor import read_urls
+
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+    url, operator_key = settings.office_url, settings.operator_key.get_secret_value()
+    if url and operator_key:
+        return url, operator_key
+    if url and not (settings.data_dir / "urls.json").is_file():
+        raise CannotStart("FAIRDROP_OPERATOR_KEY is missing: the office wants a key")
+    urls = read_urls(settings.data_dir)
+    return url or str(urls["office"]), operator_key or str(urls["operator_key"])
+
+
+def refused(status: int, problem: Any) -> None:
+    """Say what the office refused, and end."""
+    problem = problem if isinstance(problem, dict) else {}
+    told = f"{problem.get('code', status)}: {problem.get('detail') or problem.get('title') or 'refused'}"
+    sys.stderr.write(f"fairdrop: {told}\n")
+    for error in problem.get("errors", ()):
+        sys.stderr.write(f"  {error.get('path')}: {error.get('code')}\n")
+    raise typer.Exit(2 if status in (401, 403) else 1)
+
+
+def show(answer: Any, as_json: bool, draw: Callable[[], None]) -> None:
+    """The answer for a program, or for a person."""
+    if as_json:
+        sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=2) + "\n")
+    else:
+        draw()
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, bad: Sequence[bool] = ()
+) -> None:
+    """Rows for a person; `bad` rows stand out."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=title or None, title_justify="left", header_style="bold")
+    for name in columns:
+        drawn.add_column(name, overflow="fold")
+    for at, row in enumerate(rows):
+        style = "bold red" if at < len(bad) and bad[at] else None
+        drawn.add_row(*(Text("" if cell is None else str(cell)) for cell in row), style=style)
+    Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+
+
+# ---- sale -----------------------------------------------------------------------------------------------------------
+
+
+def show_sale(found: Mapping[str, Any], as_json: bool) -> None:
+    def draw() -> None:
+        facts = [
+            (name, found[name])
+            for name in (
+                "id", "title", "state", "version", "line_opens_at", "opens_at", "closes_at", "rate_per_s",
+                "limit_per_buyer", "standby", "pay_within_s", "message", "seed_hash",
+            )
+        ]  # fmt: skip
+        table("", ("field", "value"), facts)
+        table(
+            "Items",
+            ("sku", "title", "price", "units", "reserved", "sold"),
+            [
+                (
+                    i["sku"],
+                    i["title"],
+                    f"{i['price_minor']} {i['currency']} minor",
+                    i["units"],
+                    i["reserved"],
+                    i["sold"],
+                )
+                for i in found["items"]
+            ],
+        )
+
+    show(dict(found), as_json, draw)
+
+
+@sale.command("apply")
+def sale_apply(
+    file: Annotated[Path, typer.Argument(help="YAML or JSON; - reads standard input.")],
+    publish: Annotated[bool, typer.Option("--publish", help="Publish the draft as well.")] = False,
+    reason: Reason = None,
+    dry_run: DryRun = False,
+    idempotency_key: Key = None,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Make the sale of a document, or change it to what the document says."""
+    from app.sale.document import read_yaml
+
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        document = read_yaml(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CannotStart(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:
+        raise CannotStart(f"{file}: {error}") from error
+    sale_id = document.get("id")
+    if not isinstance(sale_id, str) or not sale_id:
+        raise CannotStart(f"{file}: `id` is missing")
+    office = Office(data_dir)
+    path = f"/v1/admin/sales/{_quoted(sale_id)}"
+    status, current, etag = office.look("GET", path)
+    if status == 404 and current.get("code") == "no_such_sale":
+        found = office.post(
+            "/v1/admin/sales", document, idempotency_key=idempotency_key, reason=reason, dry_run=dry_run
+        )
+    elif status == 422 or status == 404:
+        # Not even an id: let the office say what is wrong with the whole document.
+        found = office.post("/v1/admin/sales", document, dry_run=dry_run)
+    elif status >= 400:
+        refused(status, current)
+    else:
+        change = {name: value for name, value in document.items() if name not in ("id", "copy_of")}
+        found = office.ask(
+            "PATCH",
+            path,
+            change,
+            params={"reason": reason, "dry_run": "true" if dry_run else None},
+            headers={"If-Match": etag or "*"},
+        )
+    if publish and not dry_run and found["state"] == "draft":
+        found = office.post(f"{path}/publish", reason=reason)
+    show_sale(found, as_json)
+
+
+def _quoted(part: str) -> str:
+    from urllib.parse import quote
+
+    return quote(part, safe="")
+
+
+def _switch(action: str, does: str) -> None:
+    """One command that turns a published sale."""
+
+    @sale.command(action, help=does)
+    def turn(
+        sale_id: SaleArgument,
+        reason: Reason = None,
+        dry_run: DryRun = False,
+        idempotency_key: Key = None,
+        as_json: Json = False,
+        data_dir: DataDir = None,
+    ) -> None:
+        found = Office(data_dir).post(
+            f"/v1/admin/sales/{_quoted(sale_id)}/{action}",
+            idempotency_key=idempotency_key,
+            reason=reason,
+            dry_run=dry_run,
+        )
+        show_sale(found, as_json)
+
+
+_switch("publish", "Put a draft on every front door, and commit to the seed of its draw.")
+_switch("pause", "Stop admission; joining, payments, releases and deadlines go on.")
+_switch("resume", "Go on after a pause.")
+_switch("close", "Close for good: whoever waits is told so, whoever holds a unit may finish.")
+
+SaleState = Literal["draft", "scheduled", "open", "paused", "closed", "settled"]
+
+
+@sale.command("list")
+def sale_list(
+    state: Annotated[SaleState | None, typer.Option("--state", help="Only these.")] = None,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """All sales, newest first."""
+    rows = Office(data_dir).all_of("/v1/admin/sales", state=state)
+    show(
+        {"data": rows},
+        as_json,
+        lambda: table(
+            "",
+            ("id", "title", "state", "opens", "closes", "units", "reserved", "sold"),
+            [
+                (
+                    s["id"],
+                    s["title"],
+                    s["state"],
+                    s["opens_at"],
+                    s["closes_at"],
+                    *(sum(item[name] for item in s["items"]) for name in ("units", "reserved", "sold")),
+                )
+                for s in rows
+            ],
+        ),
+    )
+
+
+# ---- key ------------------------------------------------------------------------------------------------------------
+
+
+@key.command("create")
+def key_create(
+    name: Annotated[str, typer.Argument(help="Who will hold it.")],
+    role: Annotated[Literal["viewer", "operator", "admin"], typer.Option("--role")] = "viewer",
+    reason: Reason = None,
+    idempotency_key: Key = None,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key. It is shown this once."""
+    made = Office(data_dir).post(
+        "/v1/admin/keys", {"name": name, "role": role}, idempotency_key=idempotency_key, reason=reason
+    )
+    show(
+        made,
+        as_json,
+        lambda: table("", ("id", "name", "role", "key"), [[made[c] for c in ("id", "name", "role", "key")]]),
+    )
+
+
+@key.command("list")
+def key_list(as_json: Json = False, data_dir: DataDir = None) -> None:
+    """Keys that work; never the keys themselves."""
+    rows = Office(data_dir).all_of("/v1/admin/keys")
+    columns = ("id", "name", "role", "created_at")
+    show(
+        {"data": rows}, as_json, lambda: table("", columns, [[row[name] for name in columns] for row in rows])
+    )
+
+
+@key.command("revoke")
+def key_revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id (`fairdrop key list`).")],
+    reason: Reason = None,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """End a key, at once."""
+    Office(data_dir).ask("DELETE", f"/v1/admin/keys/{_quoted(key_id)}", params={"reason": reason})
+    show({"id": key_id, "revoked": True}, as_json, lambda: table("", ("id", "revoked"), [(key_id, "yes")]))
+
+
+# ---- providers and audit --------------------------------------------------------------------------------------------
+
+
+def providers(
+    name: Annotated[str | None, typer.Argument(help="The supplier whose breaker is overridden.")] = None,
+    breaker: Annotated[
+        Literal["auto", "forced_open", "disabled", "metrics_only"] | None,
+        typer.Option("--breaker", help="auto: by its own measure; the others override it."),
+    ] = None,
+    reason: Reason = None,
+    idempotency_key: Key = None,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Suppliers and their breakers; with NAME and --breaker, override one."""
+    if (name is None) != (breaker is None):
+        raise typer.BadParameter("a name and --breaker go together")
+    office = Office(data_dir)
+    if name is not None:
+        rows = [
+            office.post(
+                f"/v1/admin/providers/{_quoted(name)}/breaker",
+                {"mode": breaker},
+                idempotency_key=idempotency_key,
+                reason=reason,
+            )
+        ]
+        answer: Any = rows[0]
+    else:
+        answer = office.ask("GET", "/v1/admin/providers")
+        rows = answer["data"]
+    columns = ("name", "kind", "mode", "state", "calls", "failures", "slow", "last_error")
+    show(
+        answer,
+        as_json,
+        lambda: table(
+            "",
+            columns,
+            [[row.get(column) for column in columns] for row in rows],
+            bad=[row.get("state") in ("open", "forced_open") for row in rows],
+        ),
+    )
+
+
+def audit(sale_id: SaleArgument, as_json: Json = False, data_dir: DataDir = None) -> None:
+    """Compare stock, orders and money; exit status 1 if they do not agree."""
+    answer = Office(data_dir).ask("GET", f"/v1/admin/sales/{_quoted(sale_id)}/audit")
+    checks = answer["checks"]
+    show(
+        answer,
+        as_json,
+        lambda: table(
+            f"Audit of {sale_id}: {'all agree' if answer['ok'] else 'DOES NOT HOLD'}",
+            ("check", "ok", "left", "right"),
+            [(c["name"], "yes" if c["ok"] else "NO", c["left"], c["right"]) for c in checks],
+            bad=[not c["ok"] for c in checks],
+        ),
+    )
+    if not answer["ok"]:
+        raise typer.Exit(1)
