@@ -252,9 +252,7 @@ _decode_any = msgspec.json.Decoder().decode
 def json_of(raw: bytes) -> Any:
     """Strict JSON: UTF-8, no NaN, no lone surrogates, bounded depth. Refusal 400 `malformed`."""
     try:
-        found = _decode_any(raw)
-        # An integer beyond 64 bits is read as a float by some parsers and as itself by others: nothing of ours is that big.
-        return found
+        return _decode_any(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise refuse("malformed", "The body is not a JSON document.") from error
 
@@ -262,7 +260,10 @@ def json_of(raw: bytes) -> Any:
 def body_refusal(model: type[BaseModel], raw: bytes) -> Refusal:
     """Why the hot path could not read a body: what the typed twin of the route would have said."""
     try:
-        model.model_validate(json_of(raw))
+        found = json_of(raw) if raw else None
+        if found is None:  # FastAPI calls an empty body and `null` missing
+            return invalid([{"loc": ("body",), "type": "missing"}])
+        model.model_validate(found)
     except Refusal as refusal:
         return refusal
     except ValidationError as error:

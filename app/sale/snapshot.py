@@ -94,6 +94,7 @@ class ItemView:
         "position",
         "round_keys",
         "served",
+        "shown",
         "sku",
         "total",
         "units_left",
@@ -118,6 +119,7 @@ class ItemView:
         self.dead_seq = 0
         self.paused = False
         self.left = LeftTickets()
+        self.shown: tuple[Any, ...] = ()  # what public documents were built from
         # ranks served in a second: what half and what nine tenths of the last seconds reached
         self.p50_per_s: float | None = None
         self.p90_per_s: float | None = None
@@ -486,15 +488,14 @@ class Snapshots:
                 view.advice = told
                 view.changes += 1
             for item, fields, left in zip(view.order, replies[3::2], replies[4::2], strict=True):
-                seen = (item.served, item.next_seq, item.availability, item.drawn, item.units_left > 0, item.dead_seq)
                 item.units_left = _int(stock.get(item.sku.encode()))
                 item.take(fields, now_ms)
                 for seq in left:
                     item.left.add(int(seq))
                 item.left.read += len(left)
-                if seen != (
-                    item.served, item.next_seq, item.availability, item.drawn, item.units_left > 0, item.dead_seq
-                ):  # fmt: skip
+                shown = (item.served, item.next_seq, item.availability, item.drawn, item.p50_per_s)
+                if shown != item.shown:  # joins and reads move an item between two looks, too
+                    item.shown = shown
                     view.changes += 1
             view.looked_at = time.monotonic()
             self._broken.discard(sale_id)
