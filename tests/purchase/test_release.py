@@ -118,7 +118,7 @@ async def test_a_payment_that_comes_while_the_order_expires_wins_or_loses_whole(
 
 
 async def test_a_worker_whose_lease_ran_out_cannot_expire_the_order(shop: Shop) -> None:
-    (row,) = await reserve(shop, "ann")
+    _ = await reserve(shop, "ann")
     await overdue(shop)
     async with shop.engine.begin() as conn:
         ((number, old),) = await orders.lease_unpaid(conn, 10, 30.0)
@@ -141,7 +141,7 @@ async def test_many_workers_expire_each_order_once(shop: Shop) -> None:
 
 
 async def test_a_standby_buyer_wins_the_unit_that_expires(shop: Shop) -> None:
-    (row,) = await reserve(shop, "ann", units=1, standby=True)
+    _ = await reserve(shop, "ann", units=1, standby=True)
     (waiting,) = await shop.join("bob")
     await overdue(shop)
     await shop.releaser.expire()

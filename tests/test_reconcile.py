@@ -1,0 +1,145 @@
+"""Redis and Postgres compared: pulses, re-arming after a restart, books, settling."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from app.embedded import Valkey
+from app.ledger import orders
+from app.reconcile import compare
+from app.scripts import Old, Pulsed
+from tests.ledger.shop import SALE, Shop, open_shop, until
+
+
+@pytest.fixture
+async def shop(redis_url: str, database_url: str):  # type: ignore[no-untyped-def]
+    async with open_shop(redis_url, database_url) as shop:
+        yield shop
+
+
+async def crash_redis(shop: Shop, valkey: Valkey) -> str:
+    """kill -9 and a restart from its own log. Returns the run_id that was."""
+    before = shop.link.run_id
+    valkey.restart(crash=True)
+
+    async def back() -> bool:
+        return shop.link.connected and shop.link.run_id != before
+
+    await until(back, "the link comes back")
+    return before
+
+
+async def home(shop: Shop) -> tuple[str, int]:
+    (row,) = await shop.sql("SELECT home, pulse FROM sale")
+    return row["home"], row["pulse"]
+
+
+async def test_a_redis_that_restarts_from_its_own_log_is_armed_again_and_lost_nothing(
+    shop: Shop, valkey: Valkey
+) -> None:
+    await shop.publish(10)
+    await shop.claim("ann", "bob")
+    assert await shop.reconciler.pulse() == 1
+    assert (await home(shop))[1] == 1
+    await crash_redis(shop, valkey)
+    assert isinstance(await shop.scripts.sale_pulse(sale=SALE, epoch=1, pulse=9), Old)  # fenced until armed
+    assert await shop.reconciler.pulse() == 1
+    assert await home(shop) == (shop.link.run_id, 2)
+    assert await shop.left() == 8
+    await shop.claim("cid")
+    assert await shop.confirm() == 3
+    await shop.conserved()
+
+
+async def test_a_redis_that_came_back_older_stays_closed(shop: Shop, valkey: Valkey) -> None:
+    await shop.publish(10)
+    await shop.reconciler.pulse()
+    await shop.sql("UPDATE sale SET pulse = 1000000")  # Postgres has seen more than this log holds
+    before = await crash_redis(shop, valkey)
+    assert await shop.reconciler.pulse() == 0
+    assert (await home(shop))[0] == before
+    assert isinstance(await shop.scripts.sale_pulse(sale=SALE, epoch=1, pulse=9), Old)
+
+
+async def test_a_promoted_replica_stays_closed(
+    shop: Shop, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(10)
+    before = await crash_redis(shop, valkey)
+    real = shop.link.call
+
+    async def call(*args: str | bytes | int, deadline_s: float | None = None) -> object:
+        if args == ("INFO", "replication"):
+            return b"# Replication\r\nrole:master\r\nmaster_replid2:" + b"ab" * 20 + b"\r\n"
+        return await real(*args, deadline_s=deadline_s)
+
+    monkeypatch.setattr(shop.link, "call", call)
+    assert await shop.reconciler.pulse() == 0
+    assert (await home(shop))[0] == before
+
+
+async def test_a_redis_that_lost_the_sale_stays_closed(shop: Shop) -> None:
+    await shop.publish(10)
+    await shop.link.call("FLUSHALL")
+    assert await shop.reconciler.pulse() == 0
+
+
+async def test_a_worker_that_died_while_arming_is_followed_by_the_next(shop: Shop, valkey: Valkey) -> None:
+    """Redis was armed, Postgres not told: the script says NOT with our own run_id."""
+    await shop.publish(10)
+    before = await crash_redis(shop, valkey)
+    await shop.scripts.sale_rearm(
+        sale=SALE, epoch=1, old_home=before, new_home=shop.link.run_id, pulse_at_least=0
+    )
+    assert (await home(shop))[0] == before
+    assert await shop.reconciler.pulse() == 1
+    assert (await home(shop))[0] == shop.link.run_id
+
+
+async def test_the_pulse_only_grows(shop: Shop) -> None:
+    await shop.publish(1)
+    for _ in range(3):
+        await shop.reconciler.pulse()
+    assert (await home(shop))[1] == 3
+    assert await shop.scripts.sale_pulse(sale=SALE, epoch=1, pulse=1) == Pulsed(3)
+
+
+async def test_books_agree_at_rest_and_name_what_is_wrong(shop: Shop) -> None:
+    await shop.publish(10)
+    await shop.claim("ann", "bob")
+    books = await compare(shop.engine, shop.link, SALE)
+    assert books.agree
+    assert books.items[0].claimed == 2
+    await shop.confirm()
+    await shop.conserved()
+    await shop.link.call("HINCRBY", shop.keys.stock, "A", 3)  # Redis lies
+    books = await compare(shop.engine, shop.link, SALE)
+    assert not books.agree
+    assert books.items[0].excess == 3
+    report = books.report()
+    assert report["agree"] is False
+    for _ in range(3):
+        await shop.reconciler.compare_all()
+
+
+async def test_a_closed_sale_settles_when_nothing_is_left_to_happen(shop: Shop) -> None:
+    await shop.publish(10)
+    await shop.claim("ann", "bob")
+    await shop.link.call("HSET", shop.keys.contact, "never-won", b"sealed")
+    await shop.sql("UPDATE sale SET state = 'closed'")
+    assert await shop.reconciler.settle() == 0  # claims on their way
+    await shop.confirm()
+    assert await shop.reconciler.settle() == 0  # unpaid orders
+    first, second = await shop.orders()
+    async with shop.engine.begin() as conn:
+        await orders.pay(conn, first["order_no"])
+        await orders.cancel(conn, second["order_no"], "operator")
+    assert await shop.reconciler.settle() == 0  # Redis does not know yet
+    await shop.relay()
+    assert await shop.reconciler.settle() == 1
+    facts = msgspec.json.decode(await shop.link.call("HGET", "fairdrop:sales", SALE))
+    assert facts["ended"] is True
+    assert await shop.link.call("EXISTS", shop.keys.contact) == 0
+    assert (await shop.sql("SELECT state FROM sale"))[0]["state"] == "settled"
+    await shop.conserved()
