@@ -30,7 +30,7 @@ class Providers:
             *(sms.guard for sms in self.sms.values()),
         ]
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         for payment in self.payment.values():
             await payment.aclose()
         for sms in self.sms.values():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -128,8 +127,3 @@ def timestamp(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 12) or text.startswith("0"):
         return None
     return int(text)
-
-
-def header(headers: Mapping[str, str], name: str) -> str:
-    """A header's value, "" if it is absent. `headers`: names in lower case."""
-    return headers.get(name, "")

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import logging
+
 import httpx
 
 from app.providers.answer import MaybeDone, NotDone
@@ -17,6 +21,9 @@ _NEVER_SENT = (
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
 )
+# httpx logs every URL at level info. Aliyun's carry phone numbers, page links carry signatures: not into any log.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
 BODY_MAX_BYTES = 4 * 1024 * 1024  # a day's bill of a sandbox; no answer of a payment call is near it
 
 
@@ -37,3 +44,16 @@ def failed(error: httpx.HTTPError) -> NotDone | MaybeDone:
     if isinstance(error, _NEVER_SENT):
         return NotDone(code)
     return MaybeDone(code)
+
+
+def retry_after_ms(reply: httpx.Response) -> int:
+    """A Retry-After in seconds, at most a minute; 0: none, or a date."""
+    text = reply.headers.get("retry-after", "")
+    return min(60_000, int(text) * 1000) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
+def digest_holds(kind: str, expected_hex: str, content: bytes) -> bool:
+    """Whether a downloaded file has the digest that a signed answer named. False also for a kind that nobody uses."""
+    if kind not in ("SHA1", "SHA256"):
+        return False
+    return hmac.compare_digest(hashlib.new(kind, content).hexdigest(), expected_hex.lower())

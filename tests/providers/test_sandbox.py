@@ -43,7 +43,7 @@ async def providers(shop: Shop) -> AsyncIterator[Providers]:
     )
     providers = open_providers(settings)
     yield providers
-    await providers.close()
+    await providers.aclose()
 
 
 def wanted(attempt: str = "A1", **changes: Any) -> LinkWanted:
@@ -223,7 +223,7 @@ async def test_nobody_there_is_certainly_not_done() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     providers = open_providers(Settings(env="development", sandbox_url=url, sandbox_secret=SECRET))
     assert await providers.payment["sandbox"].create(wanted()) == NotDone("ConnectError")
-    await providers.close()
+    await providers.aclose()
 
 
 async def test_a_wrong_secret_is_refused_and_counts_against_the_supplier(shop: Shop) -> None:
@@ -231,7 +231,7 @@ async def test_a_wrong_secret_is_refused_and_counts_against_the_supplier(shop: S
     assert await providers.payment["sandbox"].create(wanted()) == Refused(
         "signature_wrong", counts=Result.FAILURE
     )
-    await providers.close()
+    await providers.aclose()
 
 
 async def test_a_flapping_supplier_trips_the_breaker_and_is_taken_back(
@@ -452,7 +452,7 @@ async def test_it_is_a_real_process_that_stops_on_sigterm_even_while_requests_ha
             )
             providers = open_providers(settings)
             assert isinstance(await providers.payment["sandbox"].create(wanted()), MaybeDone)
-            await providers.close()
+            await providers.aclose()
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.wait, 8)
         assert process.returncode in (0, -signal.SIGTERM)
