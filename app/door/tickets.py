@@ -302,7 +302,7 @@ class TicketEvents(Response):
 
 @router.get(
     "/v1/tickets/{ticket}/events",
-    response_class=TicketEvents,
+    response_class=Response,
     responses={
         200: {
             "description": "event `ticket` with the whole document at each change, otherwise as often as poll_after_ms",
