@@ -49,13 +49,13 @@ STATES_PAGE = 5_000  # orders compared at once
 
 HOLDS = Gauge("fairdrop_invariant_holds", "1 while an invariant holds (see app/audit.py)", ["sale", "name"])
 
-# The ticket's byte that goes with an order's state. A cancelled order's buyer may have left.
+# The ticket's byte that goes with an order's state.
 _BYTES = {
     "reserved": b"r",
     "paid": b"p",
     "refunding": b"p",
     "expired": b"e",
-    "cancelled": b"kl",
+    "cancelled": b"k",
     "refunded": b"f",
 }
 _SERVED = (b"c", b"r", b"p", b"e", b"k", b"f")  # and `l`, unless it left the line

@@ -45,7 +45,7 @@ def byte_of(row: Mapping[str, Any]) -> str:
         case "expired":
             return "e"
         case "cancelled":
-            return "l" if row["reason"] == "left" else "k"
+            return "k"  # also when the buyer left: `left` is for tickets that waited; the reason says the rest
         case "refunded":
             return "f"
         case other:

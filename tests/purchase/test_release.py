@@ -176,7 +176,7 @@ async def test_a_buyer_with_an_order_leaves_and_the_unit_goes_back(shop: Shop) -
     assert told[2]["leaving"] is True
     assert await shop.releaser.let_go() == 1
     await shop.relay()
-    assert await shop.byte(row["seq"]) == b"l"
+    assert await shop.byte(row["seq"]) == b"k"
     assert await shop.left() == 5
     (row,) = await shop.orders()
     assert (row["state"], row["reason"]) == ("cancelled", "left")
@@ -197,7 +197,7 @@ async def test_a_buyer_who_leaves_while_claimed_is_let_go_once_the_order_is_writ
     assert await shop.releaser.answer_asks(SALE, entries) == 1
     assert await shop.releaser.let_go() == 1
     await shop.relay()
-    assert await shop.byte(seq) == b"l"
+    assert await shop.byte(seq) == b"k"
     assert await shop.left() == 5
     assert await shop.link.call("HEXISTS", shop.keys.status, f"A:{seq}:a") == 0
     await shop.conserved()

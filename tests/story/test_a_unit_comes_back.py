@@ -37,7 +37,8 @@ async def test_a_winner_who_leaves_gives_the_unit_to_the_next(town: Town) -> Non
     # Leaving a claimed or reserved ticket is asked of the worker; until the release commits, the ticket says so.
     answer = await first.leaves()
     assert (answer.status_code, answer.json()["leaving"]) == (202, True)
-    assert (await first.is_told("left"))["order"]["state"] == "cancelled"
+    gone = await first.is_told("cancelled")
+    assert (gone["order"]["state"], gone["reason"]) == ("cancelled", "left")
     await second.is_told("reserved")
     await town.operator.audits(sale)
 
