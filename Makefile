@@ -59,7 +59,7 @@ pytest: $(MADE) ## tests only; TESTS="..." chooses
 # Two parts: what measures or needs every processor runs alone, afterwards. Status 5 means that there is none.
 .PHONY: test
 test: check ## everything that has to hold: static checks, then all tests, in parallel where possible
-	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not serial" $(TESTS)
+	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "not serial" $(TESTS)
 	$(BIN)/pytest -q -m serial $(TESTS) || test $$? -eq 5
 
 .PHONY: format

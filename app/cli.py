@@ -212,17 +212,26 @@ def token(
     print(jwt.encode(claims, secret, algorithm="HS256"))
 
 
-# A process starts faster when the commands that it is not are left alone.
+# A command starts faster when those that it is not are left alone.
 OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token")
 
 
-def _register() -> None:
-    """Commands that live in files of their own."""
-    from app import admin_cli, demo, verify_draw
+def _register(wanted: str) -> None:
+    """Add the commands that live in files of their own: the wanted one, or all (--help, a word that is none)."""
+    if wanted in OWN_COMMANDS:
+        return
+    if wanted != "verify-draw":
+        from app import demo
 
-    app.command()(demo.demo)
-    app.command("verify-draw")(verify_draw.verify_draw)
-    admin_cli.register(app)
+        app.command()(demo.demo)
+    if wanted != "demo":
+        from app import verify_draw
+
+        app.command("verify-draw")(verify_draw.verify_draw)
+    if wanted not in ("demo", "verify-draw"):
+        from app import admin_cli
+
+        admin_cli.register(app)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -235,8 +244,7 @@ def _cause(error: BaseException) -> BaseException:
 def main() -> None:
     """Run the command of the command line, and end the process with its exit status."""
     try:
-        if not (len(sys.argv) > 1 and sys.argv[1] in OWN_COMMANDS):
-            _register()
+        _register(sys.argv[1] if len(sys.argv) > 1 else "")
         app()
     except KeyboardInterrupt:
         sys.exit(130)

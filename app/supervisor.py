@@ -648,6 +648,7 @@ def run_fronts(settings: Settings, host: str, port: int) -> None:
             arguments += ["--port", str(look.getsockname()[1])]
     else:
         wires = listen_together(host, port, settings.listen_backlog, count, what="front", option="--port")
+        sys.stderr.write(f"front: http://{host}:{wires[0].getsockname()[1]} ({count} processes)\n")
     fronts = [
         Process(
             f"front-{number + 1}",

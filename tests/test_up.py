@@ -32,6 +32,7 @@ STARTS_WITHIN_S = 90.0
 PORTS = ["--front-port", "0", "--office-port", "0", "--worker-port", "0", "--sandbox-port", "0"]
 
 pytestmark = pytest.mark.timeout(240)
+together = pytest.mark.xdist_group("up")  # one `up` for all of them, not one for each pytest process
 
 
 def until(condition: Callable[[], Any], within_s: float = 30.0) -> None:
@@ -126,6 +127,7 @@ def shared(stores: Stores) -> Iterator[UpProcess]:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@together
 def test_everything_answers_and_urls_json_is_complete_and_private(shared: UpProcess) -> None:
     urls = shared.urls()
     path = shared.data_dir / "urls.json"
@@ -141,6 +143,7 @@ def test_everything_answers_and_urls_json_is_complete_and_private(shared: UpProc
         until(lambda name=name: httpx.get(urls[name] + "/readyz", trust_env=False).status_code == 200)
 
 
+@together
 def test_secrets_are_private(shared: UpProcess) -> None:
     for path in (shared.data_dir / "secrets").iterdir():
         assert path.stat().st_mode & 0o777 == 0o600, path
@@ -148,6 +151,7 @@ def test_secrets_are_private(shared: UpProcess) -> None:
         assert (shared.data_dir / name).stat().st_mode & 0o777 == 0o700
 
 
+@together
 def test_no_secret_is_in_a_command_line_or_a_log(shared: UpProcess) -> None:
     values = [path.read_text().strip() for path in (shared.data_dir / "secrets").iterdir()]
     assert len(values) >= 7
@@ -157,6 +161,7 @@ def test_no_secret_is_in_a_command_line_or_a_log(shared: UpProcess) -> None:
         assert not any(value in text for text in [*lines, *texts, shared.said])
 
 
+@together
 def test_metrics_are_the_sum_of_all_front_processes(shared: UpProcess) -> None:
     url = shared.urls()["front"]
     assert "# TYPE" in httpx.get(url + "/metrics", trust_env=False).text
@@ -166,6 +171,7 @@ def test_metrics_are_the_sum_of_all_front_processes(shared: UpProcess) -> None:
     assert {urls["pids"]["front-1"], urls["pids"]["front-2"]} <= pids
 
 
+@together
 def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(shared: UpProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "up", "--data-dir", str(shared.data_dir), *PORTS],
@@ -181,6 +187,7 @@ def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(shared: 
     assert answers(shared.urls()["front"])
 
 
+@together
 def test_a_head_that_is_too_large_is_431(shared: UpProcess) -> None:
     url = shared.urls()["front"]
     answer = httpx.get(url + "/healthz", headers={"X-Long": "x" * 20_000}, trust_env=False)
@@ -197,6 +204,7 @@ def test_a_head_that_is_too_large_is_431(shared: UpProcess) -> None:
         assert received == b"" or received.startswith(b"HTTP/1.1 431 ")
 
 
+@together
 def test_whatever_dies_is_started_again_at_the_same_address(shared: UpProcess) -> None:
     before = shared.urls()
     for name in ("front-1", "office", "worker", "sandbox", "valkey", "postgres"):
@@ -213,6 +221,7 @@ def test_whatever_dies_is_started_again_at_the_same_address(shared: UpProcess) -
         until(lambda name=name: httpx.get(after[name] + "/readyz", trust_env=False).status_code == 200)
 
 
+@together
 def test_the_token_command_makes_a_jwt_of_this_installation(shared: UpProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "token", "buyer-7", "--data-dir", str(shared.data_dir)],
@@ -227,6 +236,7 @@ def test_the_token_command_makes_a_jwt_of_this_installation(shared: UpProcess) -
     assert (claims["sub"], claims["exp"] - claims["iat"]) == ("buyer-7", 3600)
 
 
+@together
 def test_migrate_check_says_that_nothing_is_missing(shared: UpProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "migrate", "--check", "--data-dir", str(shared.data_dir)],
@@ -448,6 +458,44 @@ def test_a_front_that_drains_serves_on_and_says_so(tmp_path: Path, redis_url: st
         assert "draining" in httpx.get(url + "/readyz", trust_env=False).text
         assert answers(url)
         assert front.wait(30) == 0, log.read_text()
+    finally:
+        if front.poll() is None:
+            front.kill()
+            front.wait()
+
+
+def test_a_front_of_several_processes_is_one_to_the_outside(tmp_path: Path, redis_url: str) -> None:
+    env = {
+        **os.environ,
+        "FAIRDROP_REDIS_URL": redis_url,
+        "FAIRDROP_DRAIN_S": "0",
+        "FAIRDROP_SIGNING_KEYS": "s" * 40,
+        "FAIRDROP_PII_KEYS": "00" * 32,
+        "FAIRDROP_JWT_SECRET": "j" * 40,
+    }
+    log = tmp_path / "front.log"
+    with log.open("wb") as out:
+        front = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "front", "--port", "0", "--workers", "2"],
+            cwd=ROOT,
+            env=env,
+            stderr=out,
+            stdout=out,
+        )
+    try:
+        until(lambda: "http://" in log.read_text())
+        found = re.search(r"http://[\d.:]+\d", log.read_text())
+        assert found
+        url = found[0]
+        until(lambda: answers(url))
+        first, second = psutil.Process(front.pid).children()
+        first.kill()
+        until(lambda: len([one for one in psutil.Process(front.pid).children() if one not in (first,)]) == 2)
+        for _ in range(8):
+            until(lambda: answers(url))
+        front.terminate()
+        assert front.wait(30) == 0, log.read_text()
+        assert not second.is_running()
     finally:
         if front.poll() is None:
             front.kill()
