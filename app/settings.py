@@ -22,7 +22,22 @@ SECRETS = (
     "redis_url",
     "database_url",
     "captcha_secret",
-)
+    "stripe_key",
+    "stripe_hook_secrets",
+    "alipay_private_key",
+    "alipay_public_key",
+    "alipay_app_cert",
+    "alipay_cert",
+    "alipay_root_cert",
+    "wechat_pay_private_key",
+    "wechat_pay_apiv3_key",
+    "wechat_pay_public_key",
+    "aliyun_sms_key_secret",
+    "aliyun_sms_templates",
+    "tencent_sms_secret_key",
+    "tencent_sms_templates",
+    "twilio_auth_token",
+)  # also public keys, certificates and templates: what people keep in files
 
 
 class _SecretFiles(EnvSettingsSource):
@@ -198,6 +213,92 @@ class Settings(BaseSettings):
     provider_deadline_s: float = Field(5.0, description="s; one call to a supplier")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")
     provider_wait_max_s: float = Field(1.0, description="s a call waits for a place before it is refused")
+
+    payment_also: str = Field(
+        "",
+        description="comma-separated further payment suppliers, in order: stripe, alipay, wechat-pay, sandbox",
+    )
+    sms_also: str = Field(
+        "",
+        description="comma-separated further SMS suppliers, in order: aliyun-sms, tencent-sms, twilio, sandbox",
+    )
+
+    # Stripe: docs.stripe.com/keys
+    stripe_key: SecretStr = Field(SecretStr(""), description="secret or restricted key, sk_… or rk_…")
+    stripe_hook_secrets: SecretStr = Field(
+        SecretStr(""),
+        description="comma-separated signing secrets of the webhook endpoint, whsec_…; all verify",
+    )
+    stripe_return_url: str = Field(
+        "", description="where buyers return to when the payment request names no return_url"
+    )
+    stripe_methods: str = Field(
+        "card",
+        description="comma-separated payment methods; empty: as the Stripe dashboard says (also ones that pay days later)",
+    )
+    stripe_url: str = Field("https://api.stripe.com", description="address of Stripe's API")
+
+    # Alipay: opendocs.alipay.com; PEM, or the bare Base64 of its key tool
+    alipay_app_id: str = Field("", description="app id, 2021…")
+    alipay_seller_id: str = Field(
+        "", description="merchant's user id (PID), 2088…; call-backs for another are refused"
+    )
+    alipay_private_key: SecretStr = Field(SecretStr(""), description="the app's RSA2 private key")
+    alipay_public_key: str = Field(
+        "", description="Alipay's public key; or set the three certificates instead"
+    )
+    alipay_app_cert: str = Field("", description="certificate mode: appCertPublicKey_….crt, PEM")
+    alipay_cert: str = Field(
+        "", description="certificate mode: alipayCertPublicKey_RSA2.crt, PEM; while it changes, both"
+    )
+    alipay_root_cert: str = Field("", description="certificate mode: alipayRootCert.crt, PEM")
+    alipay_way: Literal["page", "wap", "app", "qr"] = Field(
+        "page", description="what the channel `alipay` means; others: alipay-page, -wap, -app, -qr"
+    )
+    alipay_url: str = Field(
+        "https://openapi.alipay.com/gateway.do", description="address of Alipay's gateway"
+    )
+
+    # WeChat Pay, API v3: pay.weixin.qq.com
+    wechat_pay_mchid: str = Field("", description="merchant number")
+    wechat_pay_appid: str = Field("", description="app id of the official account, mini program or app, wx…")
+    wechat_pay_serial: str = Field("", description="serial number of the merchant's API certificate")
+    wechat_pay_private_key: SecretStr = Field(SecretStr(""), description="apiclient_key.pem")
+    wechat_pay_apiv3_key: SecretStr = Field(
+        SecretStr(""), description="APIv3 key, 32 characters; opens call-backs"
+    )
+    wechat_pay_public_key_id: str = Field(
+        "", description="PUB_KEY_ID_…; empty: platform certificates, downloaded and renewed by themselves"
+    )
+    wechat_pay_public_key: str = Field("", description="pub_key.pem, belongs to wechat_pay_public_key_id")
+    wechat_pay_url: str = Field("https://api.mch.weixin.qq.com", description="address of WeChat Pay's API")
+
+    # SMS: templates are JSON, {"reserved.zh-CN": ["CODE", "name of a value", …]}
+    aliyun_sms_key_id: str = Field("", description="AccessKey id")
+    aliyun_sms_key_secret: SecretStr = Field(SecretStr(""), description="AccessKey secret")
+    aliyun_sms_signature: str = Field("", description="approved signature (签名)")
+    aliyun_sms_templates: str = Field(
+        "", description="JSON: approved template code and its values, by event and language"
+    )
+    aliyun_sms_url: str = Field("https://dysmsapi.aliyuncs.com", description="address of the SMS API")
+    tencent_sms_secret_id: str = Field("", description="SecretId")
+    tencent_sms_secret_key: SecretStr = Field(SecretStr(""), description="SecretKey")
+    tencent_sms_app_id: str = Field("", description="SmsSdkAppId")
+    tencent_sms_signature: str = Field("", description="approved signature (签名)")
+    tencent_sms_templates: str = Field(
+        "", description="JSON: approved template id and its values in order, by event and language"
+    )
+    tencent_sms_region: str = Field("ap-guangzhou", description="region of the SMS API")
+    tencent_sms_url: str = Field("https://sms.tencentcloudapi.com", description="address of the SMS API")
+    twilio_account_sid: str = Field("", description="account, AC…")
+    twilio_auth_token: SecretStr = Field(
+        SecretStr(""), description="auth token; also verifies status call-backs"
+    )
+    twilio_sender: str = Field("", description="number (+…), sender name, or messaging service (MG…)")
+    twilio_status_url: str = Field(
+        "", description="where status call-backs reach us, as Twilio sees it; empty: none are asked for"
+    )
+    twilio_url: str = Field("https://api.twilio.com", description="address of Twilio's API")
 
     @classmethod
     def settings_customise_sources(

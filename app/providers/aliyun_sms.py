@@ -31,18 +31,18 @@ OUT_ID_MAX = 256
 
 # The account or the channel as a whole: nothing was sent, another supplier can, and this one is not well.
 _CHANNEL = frozenset(
-    [
-        "isv.AMOUNT_NOT_ENOUGH",
-        "isv.OUT_OF_SERVICE",
+    {
         "isv.ACCOUNT_ABNORMAL",
         "isv.ACCOUNT_NOT_EXISTS",
-        "isv.PRODUCT_UN_SUBSCRIPT",
-        "isv.PRODUCT_UNSUBSCRIBE",
+        "isv.AMOUNT_NOT_ENOUGH",
         "isv.DAY_LIMIT_CONTROL",
-        "isv.MONTH_LIMIT_CONTROL",
         "isv.DENY_IP_RANGE",
+        "isv.MONTH_LIMIT_CONTROL",
+        "isv.OUT_OF_SERVICE",
+        "isv.PRODUCT_UNSUBSCRIBE",
+        "isv.PRODUCT_UN_SUBSCRIPT",
         "isp.RAM_PERMISSION_DENY",
-    ]
+    }
 )
 # About this number or this text, wherever it is sent from.
 _FINAL = frozenset(["isv.MOBILE_NUMBER_ILLEGAL", "isv.MOBILE_COUNT_OVER_LIMIT", "isv.SMS_CONTENT_ILLEGAL"])

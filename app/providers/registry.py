@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pydantic import SecretStr
+
 from app.breaker import Rules
 from app.errors import CannotStart
+from app.providers.alipay import Alipay
+from app.providers.aliyun_sms import AliyunSms
 from app.providers.guard import Guard, GuardedPayment, GuardedSms, GuardRules
 from app.providers.payment import PaymentProvider
 from app.providers.sandbox_adapter import SandboxPayment, SandboxSms
 from app.providers.sms import SmsProvider
+from app.providers.stripe import Stripe
+from app.providers.templates import Templates
+from app.providers.tencent_sms import TencentSms
+from app.providers.twilio import Twilio
+from app.providers.wechat_pay import WechatPay
 from app.settings import Settings
 
 
@@ -21,8 +30,14 @@ class Providers:
     sms: dict[str, GuardedSms] = field(default_factory=dict)
 
     def for_channel(self, channel: str) -> GuardedPayment | None:
-        """The supplier of a buyer's channel: one of that name, else the preferred one, which serves every channel."""
-        return self.payment.get(channel) or next(iter(self.payment.values()), None)
+        """The supplier of a buyer's channel: one of that name, one that knows it, else the preferred one."""
+        named = self.payment.get(channel)
+        if named is not None:
+            return named
+        for payment in self.payment.values():
+            if channel in getattr(payment.adapter, "channels", ()):
+                return payment
+        return next(iter(self.payment.values()), None)
 
     def guards(self) -> list[Guard]:
         return [
@@ -48,37 +63,156 @@ def guard_rules(settings: Settings) -> GuardRules:
     )
 
 
+PAYMENT = ("sandbox", "stripe", "alipay", "wechat-pay")
+SMS = ("sandbox", "aliyun-sms", "tencent-sms", "twilio")
+
+
 def open_providers(settings: Settings) -> Providers:
-    """Adapters for `payment_provider` and `sms_provider`; nothing is connected yet. CannotStart: an unknown name."""
+    """Adapters for the preferred suppliers and the further ones; nothing is connected yet.
+
+    CannotStart: an unknown name, or a setting of a supplier in use is missing or bad.
+    """
     rules = guard_rules(settings)
-    secret = settings.sandbox_secret.get_secret_value()
     providers = Providers()
-    if (
-        "sandbox" in (settings.payment_provider, settings.sms_provider)
-        and not secret
-        and not settings.development
-    ):
-        raise CannotStart("FAIRDROP_SANDBOX_SECRET is missing: without it anyone could sign payments")
-    payment: PaymentProvider
-    sms: SmsProvider
-    match settings.payment_provider:
-        case "sandbox":
-            payment = SandboxPayment(
-                settings.sandbox_url, secret, deadline_s=settings.provider_deadline_s,
-                connections_max=settings.provider_concurrency,
-            )  # fmt: skip
-        case other:
-            raise CannotStart(
-                f"FAIRDROP_PAYMENT_PROVIDER: there is no payment supplier {other!r}; there is: sandbox"
-            )
-    match settings.sms_provider:
-        case "sandbox":
-            sms = SandboxSms(
-                settings.sandbox_url, secret, deadline_s=settings.provider_deadline_s,
-                connections_max=settings.provider_concurrency,
-            )  # fmt: skip
-        case other:
-            raise CannotStart(f"FAIRDROP_SMS_PROVIDER: there is no SMS supplier {other!r}; there is: sandbox")
-    providers.payment[payment.name] = GuardedPayment(payment, Guard(payment.name, "payment", rules))
-    providers.sms[sms.name] = GuardedSms(sms, Guard(sms.name, "sms", rules))
+    for word in _words(settings.payment_provider, settings.payment_also):
+        payment = _payment(word, settings)
+        providers.payment[payment.name] = GuardedPayment(payment, Guard(payment.name, "payment", rules))
+    for word in _words(settings.sms_provider, settings.sms_also):
+        sms = _sms(word, settings)
+        providers.sms[sms.name] = GuardedSms(sms, Guard(sms.name, "sms", rules))
     return providers
+
+
+def _words(first: str, also: str) -> list[str]:
+    return list(dict.fromkeys([first, *(word.strip() for word in also.split(",") if word.strip())]))
+
+
+def _payment(word: str, settings: Settings) -> PaymentProvider:
+    deadline_s, connections_max = settings.provider_deadline_s, settings.provider_concurrency
+    match word:
+        case "sandbox":
+            secret = _sandbox_secret(settings)
+            return SandboxPayment(
+                settings.sandbox_url, secret, deadline_s=deadline_s, connections_max=connections_max
+            )
+        case "stripe":
+            _need(settings, "stripe_key", "stripe_hook_secrets")
+            return Stripe(
+                settings.stripe_key.get_secret_value(),
+                _split(settings.stripe_hook_secrets.get_secret_value()),
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                url=settings.stripe_url,
+                return_url=settings.stripe_return_url,
+                methods=_split(settings.stripe_methods),
+            )
+        case "alipay":
+            _need(settings, "alipay_app_id", "alipay_seller_id", "alipay_private_key")
+            return Alipay(
+                app_id=settings.alipay_app_id,
+                seller_id=settings.alipay_seller_id,
+                private_key=settings.alipay_private_key.get_secret_value(),
+                public_key=settings.alipay_public_key,
+                app_cert=settings.alipay_app_cert,
+                alipay_cert=settings.alipay_cert,
+                root_cert=settings.alipay_root_cert,
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                url=settings.alipay_url,
+                way=settings.alipay_way,
+            )
+        case "wechat-pay":
+            _need(
+                settings, "wechat_pay_mchid", "wechat_pay_appid", "wechat_pay_serial", "wechat_pay_private_key",
+                "wechat_pay_apiv3_key",
+            )  # fmt: skip
+            return WechatPay(
+                mchid=settings.wechat_pay_mchid,
+                appid=settings.wechat_pay_appid,
+                serial=settings.wechat_pay_serial,
+                private_key=settings.wechat_pay_private_key.get_secret_value(),
+                apiv3_key=settings.wechat_pay_apiv3_key.get_secret_value(),
+                public_key_id=settings.wechat_pay_public_key_id,
+                public_key=settings.wechat_pay_public_key,
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                url=settings.wechat_pay_url,
+            )
+    raise CannotStart(
+        f"FAIRDROP_PAYMENT_PROVIDER: there is no payment supplier {word!r}; there are: {', '.join(PAYMENT)}"
+    )
+
+
+def _sms(word: str, settings: Settings) -> SmsProvider:
+    deadline_s, connections_max = settings.provider_deadline_s, settings.provider_concurrency
+    match word:
+        case "sandbox":
+            secret = _sandbox_secret(settings)
+            return SandboxSms(
+                settings.sandbox_url, secret, deadline_s=deadline_s, connections_max=connections_max
+            )
+        case "aliyun-sms":
+            _need(
+                settings,
+                "aliyun_sms_key_id",
+                "aliyun_sms_key_secret",
+                "aliyun_sms_signature",
+                "aliyun_sms_templates",
+            )
+            return AliyunSms(
+                key_id=settings.aliyun_sms_key_id,
+                key_secret=settings.aliyun_sms_key_secret.get_secret_value(),
+                signature=settings.aliyun_sms_signature,
+                templates=Templates(settings.aliyun_sms_templates, "FAIRDROP_ALIYUN_SMS_TEMPLATES"),
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                url=settings.aliyun_sms_url,
+            )
+        case "tencent-sms":
+            _need(
+                settings, "tencent_sms_secret_id", "tencent_sms_secret_key", "tencent_sms_app_id",
+                "tencent_sms_signature", "tencent_sms_templates",
+            )  # fmt: skip
+            return TencentSms(
+                secret_id=settings.tencent_sms_secret_id,
+                secret_key=settings.tencent_sms_secret_key.get_secret_value(),
+                app_id=settings.tencent_sms_app_id,
+                signature=settings.tencent_sms_signature,
+                templates=Templates(settings.tencent_sms_templates, "FAIRDROP_TENCENT_SMS_TEMPLATES"),
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                region=settings.tencent_sms_region,
+                url=settings.tencent_sms_url,
+            )
+        case "twilio":
+            _need(settings, "twilio_account_sid", "twilio_auth_token", "twilio_sender")
+            return Twilio(
+                account_sid=settings.twilio_account_sid,
+                auth_token=settings.twilio_auth_token.get_secret_value(),
+                sender=settings.twilio_sender,
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                status_url=settings.twilio_status_url,
+                url=settings.twilio_url,
+            )
+    raise CannotStart(
+        f"FAIRDROP_SMS_PROVIDER: there is no SMS supplier {word!r}; there are: {', '.join(SMS)}"
+    )
+
+
+def _sandbox_secret(settings: Settings) -> str:
+    secret = settings.sandbox_secret.get_secret_value()
+    if not secret and not settings.development:
+        raise CannotStart("FAIRDROP_SANDBOX_SECRET is missing: without it anyone could sign payments")
+    return secret
+
+
+def _need(settings: Settings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (value.get_secret_value() if isinstance(value, SecretStr) else value):
+            raise CannotStart(f"FAIRDROP_{name.upper()} is missing: its supplier is in use")
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

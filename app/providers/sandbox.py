@@ -31,7 +31,6 @@ from typing import Any, Literal, TypeVar
 import httpx
 import msgspec
 import structlog
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -777,18 +776,6 @@ def create_app(settings: Settings) -> Starlette:
     )
     app.state.sandbox = sandbox
     return app
-
-
-def run(settings: Settings, host: str = "127.0.0.1") -> None:
-    """Serve until SIGTERM. Hanging requests do not hold up the end."""
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=settings.sandbox_port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-    )
 
 
 def _aware(wanted: PayWanted) -> PayWanted:
