@@ -297,7 +297,7 @@ class Breaker:
         return self._mode
 
     def set_mode(self, mode: Mode) -> None:
-        """Override the breaker, or give it back its own will (`auto`: closed, knowing nothing). The same mode: nothing."""
+        """Override the breaker, or give it back its own will (`auto`: closed, knowing nothing)."""
         if mode == self._mode:
             return
         self._mode = mode

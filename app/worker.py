@@ -33,6 +33,7 @@ from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
 from app.ledger import events
+from app.providers import published
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
 from app.purchase.admit import Admitter, Course
@@ -345,6 +346,7 @@ class Worker:
                 for name, work in (
                     ("pay", lambda: pay.run(self.engine, self.scripts, self.providers, s, self.stopping)),
                     ("tell", lambda: tell.run(self.engine, self.providers, s, self.stopping)),
+                    ("providers", lambda: published.run(self.link, self.providers, s, self.stopping)),
                 ):
                     loop(name, work, 0.1)
                 await self.stopping.wait()

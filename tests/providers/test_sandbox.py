@@ -430,11 +430,10 @@ def test_production_refuses_to_start_without_a_secret_or_with_an_unknown_supplie
 async def test_it_is_a_real_process_that_stops_on_sigterm_even_while_requests_hang() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    code = (
-        "from app.settings import Settings; from app.providers.sandbox import run;"
-        f"run(Settings(env='development', sandbox_port={port}, sandbox_secret={SECRET!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from app.cli import main; main()", "sandbox", "--port", str(port)],
+        env={**os.environ, "FAIRDROP_ENV": "development", "FAIRDROP_SANDBOX_SECRET": SECRET},
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=os.getcwd())
     try:
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
