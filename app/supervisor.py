@@ -432,6 +432,7 @@ class Up:
             "FAIRDROP_DATABASE_URL": database_url,
             "FAIRDROP_OFFICE_URL": s.office_url or f"http://127.0.0.1:{self.office_port}",
             "FAIRDROP_SANDBOX_URL": f"http://127.0.0.1:{self.sandbox_port}",
+            "FAIRDROP_SANDBOX_PUBLIC_URL": s.sandbox_public_url or self._public_url(self.sandbox_port),
             "FAIRDROP_PUBLIC_URL": s.public_url or self._public_url(),
             "FAIRDROP_WORKER_HOST": s.worker_host,
             "FAIRDROP_WORKER_PORT": str(self.worker_port),
@@ -450,8 +451,8 @@ class Up:
                 told[f"FAIRDROP_{name.upper()}_FILE"] = str(file)
         return {**given, **told}
 
-    def _public_url(self) -> str:
-        return f"http://{lan_address() if self.lan else '127.0.0.1'}:{self.front_port}"
+    def _public_url(self, port: int | None = None) -> str:
+        return f"http://{lan_address() if self.lan else '127.0.0.1'}:{port or self.front_port}"
 
     def _start_processes(self, redis_url: str, database_url: str) -> None:
         environment = self._environment(redis_url, database_url)
