@@ -32,7 +32,7 @@ DESCRIPTION = """\
 The buyers' side of a flash sale. Get a pass before the minute, join once, poll as told or stream, pay.
 
 Every refusal is a problem document (RFC 9457) with a stable `code`. 429 and 503 carry `Retry-After`; a join may be
-repeated unchanged after a lost reply, 429 or 503. Unknown states mean: keep polling. Unknown response fields may appear.
+repeated unchanged after a lost reply, 429 or 503. Unknown states mean: keep polling. Further fields may appear.
 """
 
 

@@ -147,9 +147,10 @@ class Identity:
                 kid = header.get("kid")
                 if not isinstance(kid, str | None):
                     raise _invalid("The token's key id is not text.")
-                if time.monotonic() - self._fetched_at > JWKS_KEEP_S or kid not in self._keys:
-                    if time.monotonic() - self._asked_at > JWKS_COOLDOWN_S:
-                        raise KeysNeeded
+                now = time.monotonic()
+                wanting = kid not in self._keys or now - self._fetched_at > JWKS_KEEP_S
+                if wanting and now - self._asked_at > JWKS_COOLDOWN_S:
+                    raise KeysNeeded
                 if kid not in self._keys:
                     raise _invalid("The token's key is not in the shop's key set.")
                 key = self._keys[kid]

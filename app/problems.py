@@ -35,11 +35,17 @@ class Code(NamedTuple):
 
 CODES: dict[str, Code] = {
     "malformed": Code(400, "Not JSON", "Send one JSON document in UTF-8."),
-    "auth_missing": Code(401, "No identity", "Send Authorization: Bearer <JWT> or Authorization: Pass <pass>."),
-    "auth_invalid": Code(401, "Identity not accepted", "Get a new JWT or pass; this one is bad or has ended."),
+    "auth_missing": Code(
+        401, "No identity", "Send Authorization: Bearer <JWT> or Authorization: Pass <pass>."
+    ),
+    "auth_invalid": Code(
+        401, "Identity not accepted", "Get a new JWT or pass; this one is bad or has ended."
+    ),
     "forbidden": Code(403, "Not allowed", "This caller may not do this."),
     "audience": Code(403, "Not in the audience", "This sale is for other buyers."),
-    "challenge_required": Code(403, "Challenge required", "Solve `challenge` and ask again with the solution."),
+    "challenge_required": Code(
+        403, "Challenge required", "Solve `challenge` and ask again with the solution."
+    ),
     "pass_required": Code(403, "Pass required", "Get a pass for this sale first."),
     "not_open_yet": Code(403, "Not open yet", "Come back at `line_opens_at`."),
     "not_drawn_yet": Code(403, "Not drawn yet", "The entries are published after the opening."),
@@ -53,7 +59,9 @@ CODES: dict[str, Code] = {
     "no_such_webhook": Code(404, "No such webhook", "Check the endpoint's id."),
     "no_such_provider": Code(404, "No such provider", "Check the name against the list of providers."),
     "method_not_allowed": Code(405, "Method not allowed", "See the Allow header."),
-    "ticket_exists": Code(409, "A live ticket exists", "Use `ticket`, or leave it before joining with another body."),
+    "ticket_exists": Code(
+        409, "A live ticket exists", "Use `ticket`, or leave it before joining with another body."
+    ),
     "limit_reached": Code(409, "Above the limit", "Ask for no more units than the sale's limit."),
     "already_paid": Code(409, "Already paid", "A paid order is refunded by the shop, not left."),
     "payment_unknown": Code(409, "Payment unknown", "The supplier is being asked; poll the ticket."),
@@ -63,17 +71,23 @@ CODES: dict[str, Code] = {
     "sale_exists": Code(409, "Sale exists", "A sale's id is never used again: choose another."),
     "not_published": Code(409, "Not published", "Publish the sale first; a draft is changed with PATCH."),
     "published": Code(409, "Published", "This can be done to a draft only."),
-    "fixed_after_publish": Code(409, "Too late to change", "See `errors`: what has passed or is public stays."),
+    "fixed_after_publish": Code(
+        409, "Too late to change", "See `errors`: what has passed or is public stays."
+    ),
     "not_paused": Code(409, "Not paused", "Pause or close the sale first."),
     "wrong_state": Code(409, "Wrong state", "The sale or order is not in a state that allows this."),
     "not_unsold": Code(409, "Not unsold", "No more than `units_left` units can be taken out."),
-    "not_cancellable": Code(409, "Not cancellable", "Only a reserved order is cancelled; a paid one is refunded."),
+    "not_cancellable": Code(
+        409, "Not cancellable", "Only a reserved order is cancelled; a paid one is refunded."
+    ),
     "not_refundable": Code(409, "Not refundable", "Only a paid order is refunded, by no more than was paid."),
     "too_many": Code(409, "Too many", "Remove one first."),
     "last_admin": Code(409, "Last admin", "Make another admin key before this one ends."),
     "changed": Code(412, "Changed meanwhile", "Read the sale again and repeat with its ETag."),
     "if_match_required": Code(428, "If-Match required", "Send If-Match with the ETag of what you have read."),
-    "time_without_zone": Code(422, "Time without zone", "Give each time an offset, or the document a time_zone."),
+    "time_without_zone": Code(
+        422, "Time without zone", "Give each time an offset, or the document a time_zone."
+    ),
     "sale_closed": Code(410, "Sale closed", "The sale is over."),
     "too_large": Code(413, "Body too large", "Send at most 16 KiB."),
     "not_json": Code(415, "Not JSON", "Send Content-Type: application/json."),
@@ -87,7 +101,13 @@ CODES: dict[str, Code] = {
     "draining": Code(503, "Draining", "This process is about to stop; use another."),
 }
 
-_BY_STATUS = {400: "malformed", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_BY_STATUS = {
+    400: "malformed",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+}
 
 
 class FieldError(BaseModel):
@@ -234,7 +254,12 @@ def field_errors(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         if loc and loc[0] == "body":
             loc = loc[1:]
         kind = str(error["type"])
-        told.append({"path": ".".join(loc), "code": _WORDS.get(kind, "wrong_type" if kind.endswith("_type") else kind)})
+        told.append(
+            {
+                "path": ".".join(loc),
+                "code": _WORDS.get(kind, "wrong_type" if kind.endswith("_type") else kind),
+            }
+        )
     return told
 
 

@@ -10,7 +10,9 @@ EVERY_TICKS = 10  # of the snapshot: about once a second
 
 ANSWERS = Counter("fairdrop_front_answers", "Answers of the front door", ["route", "outcome"])
 # Cumulative, with `le`, so that histogram_quantile() works on it; a Histogram would cost 1 µs on each join.
-JOINS_WITHIN = Counter("fairdrop_front_joins_within_seconds", "Joins that Redis had accepted within `le`", ["le"])
+JOINS_WITHIN = Counter(
+    "fairdrop_front_joins_within_seconds", "Joins that Redis had accepted within `le`", ["le"]
+)
 JOIN_SECONDS = Counter("fairdrop_front_join_seconds_sum", "Seconds that joins have waited for Redis, summed")
 BATCHES = Counter("fairdrop_front_join_batches", "line_join calls")
 BATCHED = Counter("fairdrop_front_join_batched", "Buyers in those calls; divided by calls: the mean batch")

@@ -30,7 +30,7 @@ _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}")
 
 
 def contact_of(wish: PassIn, claims: Mapping[str, Any]) -> dict[str, str] | None:
-    """What is kept to tell the buyer: as given, else from the JWT's `phone_number` and `locale`. None without a phone."""
+    """What is kept to tell the buyer: as given, else the JWT's `phone_number` and `locale`. None without a phone."""
     if wish.contact is not None:
         phone, language = wish.contact.phone, wish.contact.language
     else:
@@ -72,7 +72,9 @@ async def get_pass(request: Request, sale: str, wish: PassIn | None = None) -> R
     await door.limited(view, "pass", caller.buyer_id, door.settings.pass_rate_per_min)
     answer = wish.challenge.model_dump(exclude_none=True) if wish.challenge is not None else None
     remote_ip = request.client.host if request.client is not None else None
-    await challenges.weigh(view.doc.get("challenge", "none"), view.id, caller.buyer_id, answer, now_ms, remote_ip)
+    await challenges.weigh(
+        view.doc.get("challenge", "none"), view.id, caller.buyer_id, answer, now_ms, remote_ip
+    )
     contact = contact_of(wish, caller.claims)
     if contact is not None:
         if wish.source is not None:

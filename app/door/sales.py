@@ -41,7 +41,9 @@ async def sales(
     request: Request,
     state: Annotated[SaleWord | None, Query(description="only sales in this state")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    cursor: Annotated[str | None, Query(max_length=512, description="`next_cursor` of the page before")] = None,
+    cursor: Annotated[
+        str | None, Query(max_length=512, description="`next_cursor` of the page before")
+    ] = None,
 ) -> Response:
     door = door_of(request)
     if not door.snapshots.fresh:
@@ -50,11 +52,19 @@ async def sales(
     if cursor is not None:
         payload = door.ring.cursor_read(CURSOR, cursor)
         if payload is None or len(payload) != 1:
-            raise refuse("invalid", "The cursor is not one of ours.", errors=[{"path": "query.cursor", "code": "cursor"}])
+            raise refuse(
+                "invalid",
+                "The cursor is not one of ours.",
+                errors=[{"path": "query.cursor", "code": "cursor"}],
+            )
         after = str(payload[0])
     now_ms = door.snapshots.now_ms()
     found = sorted(
-        (view for view in door.snapshots if view.id > after and (state is None or view.state_at(now_ms) == state)),
+        (
+            view
+            for view in door.snapshots
+            if view.id > after and (state is None or view.state_at(now_ms) == state)
+        ),
         key=lambda view: view.id,
     )
     page = found[:limit]
@@ -114,7 +124,9 @@ async def draw(request: Request, sale: str) -> Response:
     summary="The ticket hashes that are in the draw (NDJSON)",
 )  # fmt: skip
 async def entries(
-    request: Request, sale: str, sku: Annotated[str | None, Query(max_length=64, description="one item only")] = None
+    request: Request,
+    sale: str,
+    sku: Annotated[str | None, Query(max_length=64, description="one item only")] = None,
 ) -> Response:
     door = door_of(request)
     view = door.view(sale)
@@ -131,7 +143,9 @@ async def entries(
     response = StreamingResponse(_joined(first, lines), media_type="application/x-ndjson")
     response.headers["cache-control"] = "public, max-age=1"
     if request.scope.get("fairdrop.request_id") is None:
-        response.raw_headers.extend(h for h in respond(request, Answer(200, (), b"")).raw_headers if h[0] == b"x-request-id")
+        response.raw_headers.extend(
+            h for h in respond(request, Answer(200, (), b"")).raw_headers if h[0] == b"x-request-id"
+        )
     return response
 
 

@@ -7,10 +7,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 TicketWord = Literal[
-    "waiting", "claimed", "reserved", "paid", "sold_out", "closed", "left", "expired", "cancelled", "refunded", "lapsed"
+    "waiting",
+    "claimed",
+    "reserved",
+    "paid",
+    "sold_out",
+    "closed",
+    "left",
+    "expired",
+    "cancelled",
+    "refunded",
+    "lapsed",
 ]
 SaleWord = Literal["scheduled", "line_open", "open", "paused", "sold_out", "closed"]
-Instant = Annotated[str, Field(description="RFC 3339, UTC, milliseconds", examples=["2026-11-11T12:00:00.000Z"])]
+Instant = Annotated[
+    str, Field(description="RFC 3339, UTC, milliseconds", examples=["2026-11-11T12:00:00.000Z"])
+]
 
 TOKEN = "AVt0b3d3LTIwMjYBAAABAAC8VQAB3q2-7wAAAAAAAA"  # a made-up ticket, for examples
 
@@ -64,7 +76,9 @@ class TicketOut(BaseModel):
     """A buyer's place. Clients treat an unknown state as *keep polling*."""
 
     ticket: str = Field(description="signed token, at most 128 URL-safe characters", examples=[TOKEN])
-    ticket_id: str = Field(description="found again in /draw/entries", examples=["48213-3f9a0c11d2e45b6a7788"])
+    ticket_id: str = Field(
+        description="found again in /draw/entries", examples=["48213-3f9a0c11d2e45b6a7788"]
+    )
     sale: str = Field(examples=["phone-2026"])
     sku: str = Field(examples=["PH-128"])
     units: int = Field(examples=[1])
@@ -92,7 +106,9 @@ class NothingToWaitFor(BaseModel):
 
 class DrawCommitment(BaseModel):
     freeze_at: Instant
-    beacon: str = Field(description="public source of randomness named at publish, or none", examples=["none"])
+    beacon: str = Field(
+        description="public source of randomness named at publish, or none", examples=["none"]
+    )
     seed_hash: str = Field(description="SHA-256 of the seed, hex")
 
 
@@ -174,7 +190,9 @@ class DrawOut(BaseModel):
     freeze_at: Instant
     seed_hash: str = Field(description="SHA-256 of the seed, hex; public from publish")
     seed: str | None = Field(description="hex; null until the sale has opened and every item is drawn")
-    trust: Literal["operator", "beacon"] = Field(description="without a beacon the operator is trusted not to try seeds")
+    trust: Literal["operator", "beacon"] = Field(
+        description="without a beacon the operator is trusted not to try seeds"
+    )
     beacon: Beacon
     items: list[DrawItem]
     entries: str | None = Field(description="where the ticket hashes are, once they are public")
@@ -202,7 +220,9 @@ class PassIn(Strict):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
-        json_schema_extra={"examples": [{"contact": {"phone": "+4915112345678", "language": "de"}, "source": "app"}]},
+        json_schema_extra={
+            "examples": [{"contact": {"phone": "+4915112345678", "language": "de"}, "source": "app"}]
+        },
     )
 
     contact: Contact | None = Field(None, description="where to tell the result; default: claims of the JWT")
@@ -216,7 +236,9 @@ class PassOut(BaseModel):
 
 
 class Payer(Strict):
-    openid: str | None = Field(None, min_length=1, max_length=128, description="the payer's id at the channel")
+    openid: str | None = Field(
+        None, min_length=1, max_length=128, description="the payer's id at the channel"
+    )
 
 
 class PayIn(Strict):
@@ -226,8 +248,12 @@ class PayIn(Strict):
         extra="forbid", strict=True, json_schema_extra={"examples": [{"channel": "sandbox"}]}
     )
 
-    channel: str = Field(min_length=1, max_length=32, description="one of the sale's channels", examples=["sandbox"])
-    return_url: str | None = Field(None, min_length=8, max_length=500, description="begins with one of the sale's return_urls")
+    channel: str = Field(
+        min_length=1, max_length=32, description="one of the sale's channels", examples=["sandbox"]
+    )
+    return_url: str | None = Field(
+        None, min_length=8, max_length=500, description="begins with one of the sale's return_urls"
+    )
     payer: Payer | None = None
 
 

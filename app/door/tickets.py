@@ -70,7 +70,9 @@ async def poll(request: Request, ticket: str) -> Response:
 # --- changing --------------------------------------------------------------------------------------------------------
 
 
-async def _mine(door: Door, token: str, headers: dict[bytes, bytes]) -> tuple[Ticket, SaleView, ItemView, Caller]:
+async def _mine(
+    door: Door, token: str, headers: dict[bytes, bytes]
+) -> tuple[Ticket, SaleView, ItemView, Caller]:
     """The ticket, if it is the caller's. A foreign one is answered like a forged one: 404 `no_such_ticket`."""
     ticket, view, item = door.tracker.find(token)
     caller = await door.caller(headers, ticket.sale)
@@ -159,8 +161,8 @@ async def _ask_to_leave(
     status_code=202,
     response_model=TicketOut,
     responses=refusals(
-        "malformed", "auth_missing", "auth_invalid", "no_such_ticket", "not_payable", "payment_in_progress", "too_large",
-        "not_json", "invalid", "unknown_channel", "return_url", "slow_down", "busy",
+        "malformed", "auth_missing", "auth_invalid", "no_such_ticket", "not_payable", "payment_in_progress",
+        "too_large", "not_json", "invalid", "unknown_channel", "return_url", "slow_down", "busy",
     ),
     summary="Ask for a payment link; it appears on the ticket",
 )  # fmt: skip
@@ -230,7 +232,7 @@ def _over(expires_at: str | None, door: Door) -> bool:
 
 
 def may_return_to(url: str, allowed: list[str]) -> bool:
-    """Whether a payment may lead back to `url`: same scheme, host and port as an allowed address, and below its path."""
+    """Whether a payment may lead back to `url`: same scheme, host, port as an allowed address, and below its path."""
     if not url.isascii() or any(ord(c) <= 32 or c in '\\"<>`' for c in url):
         return False
     try:
@@ -259,7 +261,9 @@ class TicketEvents(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, streams: Streams, watch: Watch, token: str, ticket: Ticket, mine: bool, first: Told) -> None:
+    def __init__(
+        self, streams: Streams, watch: Watch, token: str, ticket: Ticket, mine: bool, first: Told
+    ) -> None:
         super().__init__(b"", media_type=self.media_type)
         self._streams = streams
         self._watch = watch
@@ -285,7 +289,9 @@ class TicketEvents(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             gone = asyncio.create_task(until_gone(), name="stream client")
-            told = asyncio.create_task(self._streams.run(self._watch, token, ticket, mine, first, write), name="stream")
+            told = asyncio.create_task(
+                self._streams.run(self._watch, token, ticket, mine, first, write), name="stream"
+            )
             try:
                 await asyncio.wait((gone, told), return_when=asyncio.FIRST_COMPLETED)
             finally:

@@ -1,7 +1,7 @@
 """The front door: one outermost ASGI function. Hot routes are answered here; everything else goes on to FastAPI.
 
 Hot: join, poll, board, sale, time, and every CORS preflight. Each has a typed twin in app/door/ that calls the same
-method of `Door`; a test holds both to the same answers. This module knows HTTP; app/purchase/claim.py and track.py do not.
+method of `Door`; a test holds both to the same answers. This module knows HTTP; claim.py and track.py do not.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class JoinIn(BaseModel):
         extra="forbid", strict=True, json_schema_extra={"examples": [{"sku": "PH-128", "units": 1}]}
     )
 
-    sku: str = Field(min_length=1, max_length=SKU_MAX, description="one of the sale's items", examples=["PH-128"])
+    sku: str = Field(
+        min_length=1, max_length=SKU_MAX, description="one of the sale's items", examples=["PH-128"]
+    )
     units: int = Field(ge=1, le=UNITS_MAX, description="at most the sale's limit", examples=[1])
     again: bool = Field(False, description="ask for a new ticket when the newest one has ended")
 
@@ -176,7 +178,7 @@ class Door:
     # --- join --------------------------------------------------------------------------------------------------------
 
     async def join(self, sale_id: str, headers: Headers, sku: str, units: int, again: bool) -> Answer:
-        """202 a new ticket; 200 the newest one, or none when there is nothing to wait for. Everything else is refused."""
+        """202 a new ticket; 200 the newest one, or none when there is nothing to wait for. All else is refused."""
         snapshots = self.snapshots
         view = snapshots.get(sale_id)
         if view is None or not snapshots.usable(view):
@@ -223,7 +225,9 @@ class Door:
         if audience is None:
             return
         groups = caller.claims.get("groups")
-        if not isinstance(groups, list) or not any(group in audience for group in groups if isinstance(group, str)):
+        if not isinstance(groups, list) or not any(
+            group in audience for group in groups if isinstance(group, str)
+        ):
             raise refuse("audience")
 
     async def _not_new(self, reply: Reply, view: SaleView, caller: Caller) -> Answer:
@@ -238,7 +242,9 @@ class Door:
                 return await self._held(view, sku.decode(), seq, units, caller)
             case Conflict(sku, seq, units, _):
                 counts["join", "ticket_exists"] += 1
-                token, _ = self.tracker.token_of(view, self._item(view, sku.decode()), seq, units, caller.buyer_id)
+                token, _ = self.tracker.token_of(
+                    view, self._item(view, sku.decode()), seq, units, caller.buyer_id
+                )
                 raise refuse("ticket_exists", extra={"ticket": token})
             case Turned(why):
                 counts["join", why] += 1
@@ -260,7 +266,9 @@ class Door:
                 return refuse("line_full", retry_after_s=random.randint(5, 15))
             case "busy":
                 wait_s = random.randint(2, 6)
-                return refuse("busy", "Orders are being written; repeat the same request.", retry_after_s=wait_s)
+                return refuse(
+                    "busy", "Orders are being written; repeat the same request.", retry_after_s=wait_s
+                )
             case "closed":
                 return refuse("sale_closed")
             case "not_open_yet":
@@ -326,7 +334,9 @@ class Origins:
 
     def __init__(self, allowed: list[str]) -> None:
         self.any = "*" in allowed
-        self._prebuilt = {origin.encode(): self._headers(origin.encode()) for origin in allowed if origin != "*"}
+        self._prebuilt = {
+            origin.encode(): self._headers(origin.encode()) for origin in allowed if origin != "*"
+        }
 
     @staticmethod
     def _headers(origin: bytes) -> list[tuple[bytes, bytes]]:
@@ -344,7 +354,10 @@ class Origins:
         if len(headers) > 1:
             headers += [
                 (b"access-control-allow-methods", b"GET, POST, DELETE"),
-                (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id, X-Buyer-Id, If-None-Match"),
+                (
+                    b"access-control-allow-headers",
+                    b"Authorization, Content-Type, X-Request-Id, X-Buyer-Id, If-None-Match",
+                ),
                 (b"access-control-max-age", b"%d" % PREFLIGHT_MAX_AGE_S),
             ]
         return headers

@@ -54,10 +54,15 @@ class Claims:
     def _queue(self, view: SaleView, item: ItemView) -> Batcher[Wish, Reply]:
         settings = self._settings
         return Batcher(
-            self._sender(view, item), settings.batch_max, settings.batch_in_flight_max, settings.batch_queue_max
+            self._sender(view, item),
+            settings.batch_max,
+            settings.batch_in_flight_max,
+            settings.batch_queue_max,
         )
 
-    def _sender(self, view: SaleView, item: ItemView) -> Callable[[list[Wish]], Coroutine[Any, Any, list[Reply]]]:
+    def _sender(
+        self, view: SaleView, item: ItemView
+    ) -> Callable[[list[Wish]], Coroutine[Any, Any, list[Reply]]]:
         scripts, backlog_max = self._scripts, self._settings.orders_backlog_max
 
         async def send(wishes: list[Wish]) -> list[Reply]:

@@ -27,14 +27,18 @@ from app.tokens import Keyring, Ticket, ticket_id
 
 READ_BATCH_MAX = 256  # tickets in one pipeline
 READS_IN_FLIGHT_MAX = 2
-POLLS_PER_S = 5_000  # polls that a whole line may make in a second, roughly: the longer the line, the rarer each poll
+POLLS_PER_S = (
+    5_000  # polls that a whole line may make in a second, roughly: the longer the line, the rarer each poll
+)
 ETA_PARTS = 3  # a buyer polls about this often before the expected turn
 CLAIMED_POLL_MS = 700  # the order is being written: usually done within one poll
 RESERVED_POLL_MS = 3_000
 STARTING_POLL_MS = 1_000  # a payment link is on its way
 REFUNDING_POLL_MS = 5_000
 OPENING_SPREAD_MIN_MS = 1_500  # polls just after the opening are spread over at least this long
-CLOSE_MARGIN_MS = 1_000  # around closes_ms only Redis' clock decides: ours may be ahead of a claim in the last moment
+CLOSE_MARGIN_MS = (
+    1_000  # around closes_ms only Redis' clock decides: ours may be ahead of a claim in the last moment
+)
 UNSETTLED_POLL_MS = 1_500  # open, but not drawn yet: the beacon is awaited
 
 _ENDED = frozenset(
@@ -141,7 +145,7 @@ class Tracker:
     def find(self, token: str) -> tuple[Ticket, SaleView, ItemView]:
         """The ticket that a token names, and what is known of its sale.
 
-        Refusal 404 `no_such_ticket`: forged, bent, or of no sale here; nobody can tell which. 503 `busy`: not known now.
+        Refusal 404 `no_such_ticket`: forged, bent, or of no sale here; nobody can tell. 503 `busy`: not known now.
         """
         ticket = self._ring.ticket_read(token)
         if ticket is None:
@@ -160,7 +164,7 @@ class Tracker:
     # --- while waiting: no Redis -------------------------------------------------------------------------------------
 
     def told_from_snapshot(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told | None:
-        """The document of a ticket that certainly waits (or left, closed, lapsed meanwhile); None: Redis must be asked."""
+        """The document of a ticket that certainly waits (or left, closed, lapsed); None: Redis must be asked."""
         if ticket.epoch != view.epoch:
             return self._told_other_epoch(token, ticket, view, item)
         seq = ticket.seq
@@ -195,7 +199,9 @@ class Tracker:
         if rank is None:
             rank_told = ahead_told = b"null"
             if now_ms < view.opens_ms:
-                spread = max(OPENING_SPREAD_MIN_MS, min(self._poll_max_ms, item.waiting * 1000 // POLLS_PER_S))
+                spread = max(
+                    OPENING_SPREAD_MIN_MS, min(self._poll_max_ms, item.waiting * 1000 // POLLS_PER_S)
+                )
                 poll_ms = view.opens_ms - now_ms + 200 + int(random.random() * spread)
             else:
                 poll_ms = self._jittered(UNSETTLED_POLL_MS)
@@ -254,7 +260,14 @@ class Tracker:
         return int(bounded * (0.85 + 0.3 * random.random()))
 
     def _ended(
-        self, token: str, ticket: Ticket, item: ItemView, view: SaleView, byte: bytes, rank: int | None, now_ms: int
+        self,
+        token: str,
+        ticket: Ticket,
+        item: ItemView,
+        view: SaleView,
+        byte: bytes,
+        rank: int | None,
+        now_ms: int,
     ) -> Told:
         body = _DOC % (
             token.encode("ascii"),
@@ -415,7 +428,9 @@ class Tracker:
 
     def told_left(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
         """The document of a ticket that has just left the line."""
-        return self._ended(token, ticket, item, view, b"l", item.rank_of(ticket.seq), self._snapshots.now_ms())
+        return self._ended(
+            token, ticket, item, view, b"l", item.rank_of(ticket.seq), self._snapshots.now_ms()
+        )
 
     async def told(self, token: str, ticket: Ticket, view: SaleView, item: ItemView, mine: bool) -> Told:
         """The document, from wherever it is known. Refusal 503 `busy` while nothing reliable is known."""
@@ -439,10 +454,17 @@ class Tracker:
         sku, seq, units = reply.decode().rsplit(":", 2)
         return sku, int(seq), int(units)
 
-    def token_of(self, view: SaleView, item: ItemView, seq: int, units: int, buyer_id: bytes) -> tuple[str, Ticket]:
+    def token_of(
+        self, view: SaleView, item: ItemView, seq: int, units: int, buyer_id: bytes
+    ) -> tuple[str, Ticket]:
         """The signed ticket of a place in the line; the same for the same place, whoever makes it."""
         ticket = Ticket(
-            view.id, view.epoch, item.position, seq, units, self._ring.ticket_hash(view.id, item.sku, buyer_id)
+            view.id,
+            view.epoch,
+            item.position,
+            seq,
+            units,
+            self._ring.ticket_hash(view.id, item.sku, buyer_id),
         )
         return self._ring.ticket_sign(ticket), ticket
 
@@ -463,7 +485,11 @@ def payment_starting(channel: str) -> bytes:
 
 def stale() -> Refusal:
     """503 `busy` with a spread Retry-After: nothing reliable is known just now."""
-    return refuse("busy", "The line is not reachable just now; repeat the same request.", retry_after_s=random.randint(1, 3))
+    return refuse(
+        "busy",
+        "The line is not reachable just now; repeat the same request.",
+        retry_after_s=random.randint(1, 3),
+    )
 
 
 # --- event streams ---------------------------------------------------------------------------------------------------
@@ -515,7 +541,9 @@ class Streams:
     def enter(self) -> Watch:
         """A place for one more stream. Refusal 503 `busy` beyond sse_max: the client polls instead."""
         if self._draining or len(self._open) >= self._max:
-            raise refuse("busy", "No more event streams here: poll the ticket.", retry_after_s=random.randint(2, 6))
+            raise refuse(
+                "busy", "No more event streams here: poll the ticket.", retry_after_s=random.randint(2, 6)
+            )
         watch = Watch()
         self._open.add(watch)
         return watch
@@ -530,17 +558,18 @@ class Streams:
             if watch.sleeper is None or watch.sleeper.done():
                 continue
             item, view = watch.item, watch.view
-            if now >= watch.at_most:
-                watch.wake()
-            elif item is not None and view is not None:
-                if (
+            if now >= watch.at_most or (
+                item is not None
+                and view is not None
+                and (
                     (item.drawn if watch.rank is None else item.served >= watch.rank)
                     or watch.seq in item.left
                     or view.closed
                     or now_ms >= view.closes_ms
                     or self._snapshots.get(view.id) is not view
-                ):
-                    watch.wake()
+                )
+            ):
+                watch.wake()
 
     async def run(self, watch: Watch, token: str, ticket: Ticket, mine: bool, first: Told, send: Any) -> None:
         """Send the document at each change, else as often as poll_after_ms, until an ended state or draining.

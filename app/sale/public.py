@@ -1,4 +1,4 @@
-"""What the public sees of a sale: its facts, the board, the draw. Built when something has changed, then only copied."""
+"""What the public sees of a sale: its facts, the board, the draw. Built when something changes, then only copied."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ bit a ticket once somebody has left. Within an epoch `served`, `next_seq` and `d
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
 from collections import deque
@@ -17,14 +18,16 @@ import msgspec
 import structlog
 
 from app import draw, keys
-from app.errors import FairdropError
+from app.errors import DidNotHappen, FairdropError, Unknown
 from app.keys import SaleKeys
 from app.scripts import Link
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-RATE_WINDOW_S = 30  # s of history behind an ETA: long enough to smooth bursts, short enough to follow a rate change
+RATE_WINDOW_S = (
+    30  # s of history behind an ETA: long enough to smooth bursts, short enough to follow a rate change
+)
 RATE_EVERY_MS = 1_000  # ms between two points of that history
 LEFT_READ_MAX = 20_000  # leavers read for one item in one tick
 ENDED_EVERY_TICKS = 50  # a closed sale is looked at every 5 s, or when its version in fairdrop:sales moves
@@ -145,10 +148,10 @@ class ItemView:
             self._measure()
 
     def _measure(self) -> None:
-        points = list(self._points)
+        points = self._points
         rates = [
             (after[1] - before[1]) * 1000 / (after[0] - before[0])
-            for before, after in zip(points, points[1:], strict=False)
+            for before, after in itertools.pairwise(points)
             if after[0] > before[0]
         ]
         while rates and rates[0] == 0:
@@ -499,7 +502,7 @@ class Snapshots:
                     view.changes += 1
             view.looked_at = time.monotonic()
             self._broken.discard(sale_id)
-        except Exception as error:
+        except (KeyError, TypeError, ValueError, DidNotHappen, Unknown, msgspec.MsgspecError) as error:
             # One broken sale must not blind the others: it goes stale, which buyers are told as 503.
             if sale_id not in self._broken:
                 self._broken.add(sale_id)

@@ -65,7 +65,14 @@ class Front:
     task: asyncio.Task[None]
 
     async def join(
-        self, sale: str, buyer: str, sku: str = "A", units: int = 1, *, again: bool | None = None, **headers: str
+        self,
+        sale: str,
+        buyer: str,
+        sku: str = "A",
+        units: int = 1,
+        *,
+        again: bool | None = None,
+        **headers: str,
     ) -> httpx.Response:
         body: dict[str, Any] = {"sku": sku, "units": units}
         if again is not None:
@@ -173,7 +180,9 @@ class Shop:
         await self.announce(sale)
 
     async def advance(self, sale: str, sku: str = "A") -> Any:
-        return await self.scripts.line_advance(sale=sale, epoch=1, sku=sku, work_max=1000, backlog_max=100_000)
+        return await self.scripts.line_advance(
+            sale=sale, epoch=1, sku=sku, work_max=1000, backlog_max=100_000
+        )
 
     async def mark(
         self,
@@ -190,16 +199,25 @@ class Shop:
         states = {b"r": "reserved", b"p": "paid", b"k": "cancelled", b"e": "expired", b"f": "refunded"}
         order = {
             "order_no": f"ORDER{seq:015d}", "state": states[byte], "amount_minor": 59900, "currency": "EUR",
-            "lines": [{"kind": "item", "sku": sku, "title": "Item", "units": 1, "unit_minor": 59900, "amount_minor": 59900}],
+            "lines": [
+                {"kind": "item", "sku": sku, "title": "Item", "units": 1, "unit_minor": 59900, "amount_minor": 59900}
+            ],
             "pay_by": None,
         }  # fmt: skip
         told = {
-            "channel": None, "state": "none", "kind": None, "url": None, "params": None, "expires_at": None, "code": None,
-            **(payment or {}),
+            "channel": None, "state": "none", "kind": None, "url": None, "params": None, "expires_at": None,
+            "code": None, **(payment or {}),
         }  # fmt: skip
         status = json.dumps({"order": order, "payment": told, "leaving": False, "reason": None})
         return await self.scripts.ticket_mark(
-            sale=sale, epoch=1, sku=sku, seq=seq, version=version, byte=byte, status_json=status, keep_ask=keep_ask
+            sale=sale,
+            epoch=1,
+            sku=sku,
+            seq=seq,
+            version=version,
+            byte=byte,
+            status_json=status,
+            keep_ask=keep_ask,
         )
 
     async def asks(self, sale: str) -> list[bytes]:
@@ -246,7 +264,9 @@ async def front(open_door: Open) -> Front:
 def seen(front: Front) -> Callable[..., Awaitable[Any]]:
     """Wait until a front door sees a sale (and what is asked of it)."""
 
-    async def wait(sale: str = "x", true: Callable[[Any], bool] = lambda view: True, door: Front | None = None) -> Any:
+    async def wait(
+        sale: str = "x", true: Callable[[Any], bool] = lambda view: True, door: Front | None = None
+    ) -> Any:
         snapshots = (door or front).app.door.snapshots
         return await until(lambda: (view := snapshots.get(sale)) is not None and true(view) and view)
 

@@ -53,7 +53,9 @@ async def test_another_body_meets_the_live_ticket(front: Front, shop: Shop, seen
         assert answer.json()["ticket"] == first["ticket"]
 
 
-async def test_sold_out_stores_nothing_and_a_winner_still_finds_the_ticket(front: Front, shop: Shop, seen: Seen) -> None:
+async def test_sold_out_stores_nothing_and_a_winner_still_finds_the_ticket(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(units=1)
     await seen()
     won = (await front.join("x", "ann")).json()
@@ -99,7 +101,9 @@ async def test_before_the_line_opens(front: Front, shop: Shop, seen: Seen) -> No
     assert answer.json()["line_opens_at"].endswith("Z")
 
 
-async def test_a_closed_sale_is_gone_but_tickets_are_still_found(front: Front, shop: Shop, seen: Seen) -> None:
+async def test_a_closed_sale_is_gone_but_tickets_are_still_found(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish()
     await seen()
     won = (await front.join("x", "ann")).json()

@@ -47,9 +47,7 @@ async def test_etags_answer_304_until_something_changes(front: Front, shop: Shop
     assert after.status_code == 200 and after.json()["items"][0]["line"] == 1
 
 
-async def test_a_switch_is_live_on_every_door_within_200_ms(
-    open_door: Open, shop: Shop, seen: Seen
-) -> None:
+async def test_a_switch_is_live_on_every_door_within_200_ms(open_door: Open, shop: Shop, seen: Seen) -> None:
     doors = [await open_door(snapshot_every_ms=100), await open_door(snapshot_every_ms=100)]
     await shop.publish()
     for door in doors:
@@ -81,7 +79,10 @@ async def test_sales_are_listed_by_state_and_page(front: Front, shop: Shop, seen
     for number in range(5):
         await shop.publish(f"s{number}", opens_in_s=60 if number % 2 else -1)
     await seen("s4")
-    assert [one["id"] for one in (await front.http.get("/v1/sales?state=line_open")).json()["data"]] == ["s1", "s3"]
+    assert [one["id"] for one in (await front.http.get("/v1/sales?state=line_open")).json()["data"]] == [
+        "s1",
+        "s3",
+    ]
     names, cursor = [], None
     while True:
         query = {"limit": "2"} | ({"cursor": cursor} if cursor else {})
@@ -93,7 +94,9 @@ async def test_sales_are_listed_by_state_and_page(front: Front, shop: Shop, seen
     assert names == [f"s{number}" for number in range(5)]
     for bad in ("limit=0", "limit=1001", "limit=x", "state=odd", "cursor=abc", f"cursor={'A' * 600}"):
         answer = await front.http.get(f"/v1/sales?{bad}")
-        assert answer.status_code == 422 and answer.json()["code"] == "invalid" and answer.json()["errors"], bad
+        assert answer.status_code == 422 and answer.json()["code"] == "invalid" and answer.json()["errors"], (
+            bad
+        )
 
 
 async def test_the_clock_never_runs_back(front: Front) -> None:
@@ -137,10 +140,15 @@ async def test_the_draw_can_be_recomputed_by_anyone(front: Front, shop: Shop, se
     assert (await front.http.get("/v1/sales/x/draw/entries?sku=Z")).json()["code"] == "no_such_item"
 
 
-async def test_cors_for_the_shop_and_nobody_else(front: Front, open_door: Open, shop: Shop, seen: Seen) -> None:
+async def test_cors_for_the_shop_and_nobody_else(
+    front: Front, open_door: Open, shop: Shop, seen: Seen
+) -> None:
     await shop.publish()
     await seen()
-    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    wanted = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
     for path in ("/v1/sales/x/tickets", "/v1/tickets/abc", "/v1/sales/x/pass", "/nowhere"):
         allowed = await front.http.options(path, headers={"Origin": ORIGIN, **wanted})
         assert allowed.status_code == 204
@@ -149,7 +157,12 @@ async def test_cors_for_the_shop_and_nobody_else(front: Front, open_door: Open, 
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
         other = await front.http.options(path, headers={"Origin": "https://evil.example", **wanted})
         assert "access-control-allow-origin" not in other.headers
-    for method, path in (("GET", "/v1/sales/x/board"), ("GET", "/v1/sales"), ("POST", "/v1/sales/x/tickets"), ("GET", "/v1/tickets/x")):
+    for method, path in (
+        ("GET", "/v1/sales/x/board"),
+        ("GET", "/v1/sales"),
+        ("POST", "/v1/sales/x/tickets"),
+        ("GET", "/v1/tickets/x"),
+    ):
         answer = await front.http.request(method, path, headers={"Origin": ORIGIN})
         assert answer.headers["access-control-allow-origin"] == ORIGIN
         exposed = answer.headers["access-control-expose-headers"]
@@ -166,7 +179,10 @@ async def test_request_ids_are_taken_over_or_made(front: Front) -> None:
         assert answer.headers.get_list("x-request-id") == ["shop-123"]
         if answer.status_code >= 400:
             assert answer.json()["request_id"] == "shop-123"
-        made = {(await front.http.get(path, headers={"X-Request-Id": bad})).headers["x-request-id"] for bad in ("", "a b", "x" * 65)}
+        made = {
+            (await front.http.get(path, headers={"X-Request-Id": bad})).headers["x-request-id"]
+            for bad in ("", "a b", "x" * 65)
+        }
         assert len(made) == 3
 
 
@@ -180,14 +196,19 @@ async def test_health_readiness_and_draining(front: Front) -> None:
     assert (await front.http.get("/v1/time")).status_code == 200  # serving on
 
 
-async def test_metrics_count_answers_for_those_who_may_look(front: Front, open_door: Open, shop: Shop, seen: Seen) -> None:
+async def test_metrics_count_answers_for_those_who_may_look(
+    front: Front, open_door: Open, shop: Shop, seen: Seen
+) -> None:
     await shop.publish()
     await seen()
     await front.join("x", "ann")
 
     async def counted() -> bool:
         text = (await front.http.get("/metrics")).text
-        return 'fairdrop_front_answers_total{outcome="claimed",route="join"}' in text and "fairdrop_front_join_batches" in text
+        return (
+            'fairdrop_front_answers_total{outcome="claimed",route="join"}' in text
+            and "fairdrop_front_join_batches" in text
+        )
 
     await until(counted)
     closed = await open_door(metrics_allow="10.0.0.0/8")
@@ -195,7 +216,9 @@ async def test_metrics_count_answers_for_those_who_may_look(front: Front, open_d
     assert answer.status_code == 403 and answer.json()["code"] == "forbidden"
 
 
-@pytest.mark.parametrize("path", ["/", "/s/x", "/docs", "/pages/buyer.js", "/pages/buyer.css", "/pages/docs.js", "/favicon.ico"])
+@pytest.mark.parametrize(
+    "path", ["/", "/s/x", "/docs", "/pages/buyer.js", "/pages/buyer.css", "/pages/docs.js", "/favicon.ico"]
+)
 async def test_pages_need_nothing_from_elsewhere(path: str, front: Front) -> None:
     answer = await front.http.get(path)
     assert answer.status_code == 200
@@ -205,19 +228,29 @@ async def test_pages_need_nothing_from_elsewhere(path: str, front: Front) -> Non
     assert (await front.http.get(path, headers={"If-None-Match": answer.headers["etag"]})).status_code == 304
 
 
-async def test_redis_away_is_503_with_retry_after_and_heals(front: Front, valkey: Any, shop: Shop, seen: Seen) -> None:
+async def test_redis_away_is_503_with_retry_after_and_heals(
+    front: Front, valkey: Any, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=60)
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]
     valkey.kill()
     try:
         answer = await front.join("x", "bob")
-        assert answer.status_code == 503 and answer.json()["code"] == "busy" and int(answer.headers["retry-after"]) >= 1
+        assert (
+            answer.status_code == 503
+            and answer.json()["code"] == "busy"
+            and int(answer.headers["retry-after"]) >= 1
+        )
         ready = await front.http.get("/readyz")
         assert ready.status_code == 200
         await until(lambda: not front.app.door.link.connected)
         assert (await front.http.get("/readyz")).json()["reasons"]
-        for method, path in (("DELETE", f"/v1/tickets/{ticket}"), ("POST", "/v1/sales/x/pass"), ("GET", "/v1/sales/x/ticket")):
+        for method, path in (
+            ("DELETE", f"/v1/tickets/{ticket}"),
+            ("POST", "/v1/sales/x/pass"),
+            ("GET", "/v1/sales/x/ticket"),
+        ):
             answer = await front.http.request(method, path, headers={"X-Buyer-Id": "ann"})
             assert answer.status_code == 503 and answer.headers["retry-after"], path
         assert (await front.http.get("/v1/time")).status_code == 200
@@ -228,7 +261,9 @@ async def test_redis_away_is_503_with_retry_after_and_heals(front: Front, valkey
     assert (await front.poll(ticket)).status_code == 503
     await until(lambda: shop.link.connected)
     old = (await shop.link.call("HGET", "{sale:x}:sale", "home")).decode()
-    await shop.scripts.sale_rearm(sale="x", epoch=1, old_home=old, new_home=shop.link.run_id, pulse_at_least=0)
+    await shop.scripts.sale_rearm(
+        sale="x", epoch=1, old_home=old, new_home=shop.link.run_id, pulse_at_least=0
+    )
 
     async def told() -> bool:
         answer = await front.poll(ticket)
@@ -238,7 +273,9 @@ async def test_redis_away_is_503_with_retry_after_and_heals(front: Front, valkey
     assert (await front.join("x", "ann")).json()["ticket"] == ticket
 
 
-async def test_a_door_that_starts_without_redis_serves_as_soon_as_it_is_there(valkey: Any, redis_url: str, open_door: Open) -> None:
+async def test_a_door_that_starts_without_redis_serves_as_soon_as_it_is_there(
+    valkey: Any, redis_url: str, open_door: Open
+) -> None:
     valkey.kill()
     try:
         front = await open_door()
@@ -253,15 +290,24 @@ async def test_a_door_that_starts_without_redis_serves_as_soon_as_it_is_there(va
 
 async def test_an_unknown_path_method_and_upgrade(front: Front) -> None:
     for method, path, status in (
-        ("GET", "/nowhere", 404), ("GET", "/v1/sales/x/", 404), ("GET", "/v1/tickets/", 404), ("PUT", "/v1/sales/x", 405),
-        ("DELETE", "/v1/time", 405), ("POST", "/v1/sales//tickets", 404), ("GET", "/v1/sales/../../etc/passwd", 404),
-        ("GET", "/pages/../front.py", 404), ("GET", "/pages/..%2ffront.py", 404), ("GET", "/v1/sales/%00", 404),
-    ):  # fmt: skip
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/sales/x/", 404),
+        ("GET", "/v1/tickets/", 404),
+        ("PUT", "/v1/sales/x", 405),
+        ("DELETE", "/v1/time", 405),
+        ("POST", "/v1/sales//tickets", 404),
+        ("GET", "/v1/sales/../../etc/passwd", 404),
+        ("GET", "/pages/../front.py", 404),
+        ("GET", "/pages/..%2ffront.py", 404),
+        ("GET", "/v1/sales/%00", 404),
+    ):
         wire = Wire(front.url)
         answer = await wire.request(method, path)
         await wire.close()
         assert answer.status == status, (method, path, answer.body)
-        assert answer.json()["code"] == ("not_found" if status == 404 and path != "/v1/sales/%00" else answer.json()["code"])
+        assert answer.json()["code"] == (
+            "not_found" if status == 404 and path != "/v1/sales/%00" else answer.json()["code"]
+        )
         assert answer.headers["content-type"] == "application/problem+json"
 
 

@@ -44,7 +44,9 @@ async def stream_of(front: Front, ticket: str, buyer: str | None = None) -> Asyn
         yield Stream(response)
 
 
-async def test_a_stream_tells_every_change_and_ends_with_the_ticket(front: Front, shop: Shop, seen: Seen) -> None:
+async def test_a_stream_tells_every_change_and_ends_with_the_ticket(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=0.6)
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]
@@ -67,7 +69,13 @@ async def test_a_stream_tells_every_change_and_ends_with_the_ticket(front: Front
         while told is not None and told["state"] == "claimed":
             told = await stream.next()
         assert told is not None and told["state"] == "reserved" and told["order"]["order_no"]
-        await shop.mark("x", 1, b"r", version=3, payment={"channel": "sandbox", "state": "ready", "kind": "redirect", "url": "u"})
+        await shop.mark(
+            "x",
+            1,
+            b"r",
+            version=3,
+            payment={"channel": "sandbox", "state": "ready", "kind": "redirect", "url": "u"},
+        )
         while told is not None and told["payment"]["state"] == "starting":
             told = await stream.next()
         assert told is not None and told["payment"]["url"] == "u"
@@ -103,14 +111,20 @@ async def test_beyond_sse_max_a_client_is_told_to_poll_and_a_place_becomes_free(
         async with stream_of(front, ticket) as one, stream_of(front, ticket) as two:
             assert one.response.status_code == two.response.status_code == 200
             refused = await front.http.get(f"/v1/tickets/{ticket}/events")
-            assert refused.status_code == 503 and refused.json()["code"] == "busy" and refused.headers["retry-after"]
+            assert (
+                refused.status_code == 503
+                and refused.json()["code"] == "busy"
+                and refused.headers["retry-after"]
+            )
             assert (await front.poll(ticket)).status_code == 200
         await until(lambda: front.app.door.streams.open == 0)
         async with stream_of(front, ticket) as stream:
             assert stream.response.status_code == 200
 
 
-async def test_draining_ends_streams_so_that_clients_come_back_elsewhere(front: Front, shop: Shop, seen: Seen) -> None:
+async def test_draining_ends_streams_so_that_clients_come_back_elsewhere(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=60)
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]

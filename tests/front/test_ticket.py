@@ -20,7 +20,9 @@ from tests.front.wire import crowd, get_bytes, join_bytes
 Seen = Callable[..., Awaitable[Any]]
 
 
-async def test_waiting_in_the_draw_tells_no_rank_and_points_past_the_opening(front: Front, shop: Shop, seen: Seen) -> None:
+async def test_waiting_in_the_draw_tells_no_rank_and_points_past_the_opening(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=30)
     await seen()
     joined = (await front.join("x", "ann")).json()
@@ -52,7 +54,9 @@ async def test_polls_of_waiting_buyers_make_no_redis_call(front: Front, shop: Sh
             assert told["ahead"] == told["rank"] - view.order[0].served - 1
             assert told["eta_s"]["p50"] <= told["eta_s"]["p90"]
     assert len(ahead) == 20 - view.order[0].served
-    assert front.app.door.tracker.read_count - read_before == view.order[0].served  # only those whose turn has come
+    assert (
+        front.app.door.tracker.read_count - read_before == view.order[0].served
+    )  # only those whose turn has come
 
 
 async def _served(shop: Shop) -> bool:
@@ -89,14 +93,20 @@ async def test_forged_foreign_and_absent_tickets_are_told_apart_by_nobody(
     forged = (await elsewhere.join("x", "eve")).json()["ticket"]
     bodies = set()
     for ticket, buyer, method in (
-        (forged, "ann", "GET"), ("A" * 60, "ann", "GET"), ("x", "ann", "DELETE"), (mine, "bob", "DELETE"), (forged, "ann", "DELETE"),
-    ):  # fmt: skip
+        (forged, "ann", "GET"),
+        ("A" * 60, "ann", "GET"),
+        ("x", "ann", "DELETE"),
+        (mine, "bob", "DELETE"),
+        (forged, "ann", "DELETE"),
+    ):
         answer = await front.http.request(method, f"/v1/tickets/{ticket}", headers={"X-Buyer-Id": buyer})
         assert answer.status_code == 404
         told = answer.json()
         del told["request_id"]
         bodies.add(msgspec.json.encode(told))
-    paid = await front.http.post(f"/v1/tickets/{mine}/payment", json={"channel": "sandbox"}, headers={"X-Buyer-Id": "bob"})
+    paid = await front.http.post(
+        f"/v1/tickets/{mine}/payment", json={"channel": "sandbox"}, headers={"X-Buyer-Id": "bob"}
+    )
     told = paid.json()
     del told["request_id"]
     bodies.add(msgspec.json.encode(told))
@@ -175,20 +185,29 @@ async def test_asking_for_a_payment(front: Front, shop: Shop, seen: Seen) -> Non
 
     async def pay(**body: Any) -> Any:
         return await front.http.post(
-            f"/v1/tickets/{ticket}/payment", json={"channel": "sandbox", **body}, headers={"X-Buyer-Id": "ann"}
+            f"/v1/tickets/{ticket}/payment",
+            json={"channel": "sandbox", **body},
+            headers={"X-Buyer-Id": "ann"},
         )
 
     refused = await pay()
     assert refused.status_code == 409 and refused.json()["code"] == "not_payable"
     await shop.mark("x", 1, b"r", version=2)
     assert (await pay(channel="cowries")).json()["code"] == "unknown_channel"
-    for url in ("https://shop.example.evil.example/done", "https://shop.example/elsewhere", "javascript:alert(1)//",
-                "https://user@shop.example/done", "https://shop.example/done/../x"):  # fmt: skip
+    for url in (
+        "https://shop.example.evil.example/done",
+        "https://shop.example/elsewhere",
+        "javascript:alert(1)//",
+        "https://user@shop.example/done",
+        "https://shop.example/done/../x",
+    ):
         answer = await pay(return_url=url)
         assert answer.status_code == 422 and answer.json()["code"] == "return_url"
     answer = await pay(return_url="https://shop.example/done/1?x=2", payer={"openid": "o1"})
     assert answer.status_code == 202
-    assert answer.json()["payment"]["state"] == "starting" and answer.json()["payment"]["channel"] == "sandbox"
+    assert (
+        answer.json()["payment"]["state"] == "starting" and answer.json()["payment"]["channel"] == "sandbox"
+    )
     assert (await pay()).status_code == 202  # the same wish again
     other = await pay(channel="card")
     assert other.status_code == 409 and other.json()["code"] == "payment_in_progress"
@@ -198,10 +217,18 @@ async def test_asking_for_a_payment(front: Front, shop: Shop, seen: Seen) -> Non
     assert msgspec.json.decode(base64.urlsafe_b64decode(arg + "=" * (-len(arg) % 4))) == {
         "channel": "sandbox", "return_url": "https://shop.example/done/1?x=2", "payer": {"openid": "o1"}
     }  # fmt: skip
-    await shop.mark("x", 1, b"r", version=3, payment={"channel": "sandbox", "state": "ready", "kind": "redirect", "url": "u"})
+    await shop.mark(
+        "x",
+        1,
+        b"r",
+        version=3,
+        payment={"channel": "sandbox", "state": "ready", "kind": "redirect", "url": "u"},
+    )
     assert (await pay()).json()["payment"]["state"] == "ready"
     assert len(await shop.asks("x")) == 1
-    assert (await pay(channel="card")).status_code == 202  # another way to pay: the worker closes the first link
+    assert (
+        await pay(channel="card")
+    ).status_code == 202  # another way to pay: the worker closes the first link
     assert len(await shop.asks("x")) == 2
 
 
@@ -216,7 +243,9 @@ async def test_my_newest_ticket(front: Front, shop: Shop, seen: Seen) -> None:
     assert len(await shop.orders("x")) == 1
 
 
-async def test_sold_out_and_closed_are_told_to_everyone_who_waited(front: Front, shop: Shop, seen: Seen) -> None:
+async def test_sold_out_and_closed_are_told_to_everyone_who_waited(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(units=2, opens_in_s=0.3)
     await seen()
     tickets = [(await front.join("x", f"b{number}")).json()["ticket"] for number in range(10)]
@@ -292,7 +321,9 @@ async def test_nothing_is_kept_for_a_waiting_buyer(front: Front, shop: Shop, see
     await seen()
 
     async def wave(start: int) -> None:
-        replies = await crowd(front.url, [join_bytes("x", f"w{number}") for number in range(start, start + 1500)])
+        replies = await crowd(
+            front.url, [join_bytes("x", f"w{number}") for number in range(start, start + 1500)]
+        )
         await crowd(front.url, [get_bytes(f"/v1/tickets/{reply.json()['ticket']}") for reply in replies])
 
     await wave(0)
@@ -304,15 +335,20 @@ async def test_nothing_is_kept_for_a_waiting_buyer(front: Front, shop: Shop, see
 
 
 @pytest.mark.parametrize("stranger", ["Pass abc", "Bearer abc", "Basic abc", "Pass", "Bearer é"])
-async def test_a_bad_identity_is_401_where_it_matters(stranger: str, front: Front, shop: Shop, seen: Seen) -> None:
+async def test_a_bad_identity_is_401_where_it_matters(
+    stranger: str, front: Front, shop: Shop, seen: Seen
+) -> None:
     await shop.publish()
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]
     await shop.mark("x", 1, b"r", version=2)
     headers = {"Authorization": stranger.encode("latin-1")}
     for method, path in (
-        ("GET", f"/v1/tickets/{ticket}"), ("GET", f"/v1/tickets/{ticket}/events"), ("DELETE", f"/v1/tickets/{ticket}"),
-        ("GET", "/v1/sales/x/ticket"), ("POST", "/v1/sales/x/pass"),
-    ):  # fmt: skip
+        ("GET", f"/v1/tickets/{ticket}"),
+        ("GET", f"/v1/tickets/{ticket}/events"),
+        ("DELETE", f"/v1/tickets/{ticket}"),
+        ("GET", "/v1/sales/x/ticket"),
+        ("POST", "/v1/sales/x/pass"),
+    ):
         answer = await front.http.request(method, path, headers=headers)
         assert answer.status_code == 401 and answer.json()["code"] == "auth_invalid", (method, path)

@@ -49,19 +49,57 @@ def same(one: httpx.Response, two: httpx.Response) -> None:
 
 
 BODIES: list[bytes] = [
-    b'{"sku":"A","units":1}', b'{"sku":"A","units":1,"again":false}', b'{"sku":"A","units":1,"again":true}', b'{"sku":"A","units":2}',
-    b"", b"null", b"[]", b"7", b'"A"', b"{}", b"{", b"\xff", b"\xef\xbb\xbf{}", b"NaN", b"[" * 15_000, b'{"a":' * 2_500,
-    b'{"sku":"A"}', b'{"units":1}', b'{"sku":1,"units":1}', b'{"sku":"A","units":"1"}', b'{"sku":"A","units":1.0}',
-    b'{"sku":"A","units":true}', b'{"sku":"A","units":0}', b'{"sku":"A","units":-1}', b'{"sku":"A","units":101}',
-    b'{"sku":"A","units":99999999999999999999999}', b'{"sku":"A","units":1e400}', b'{"sku":"A","units":null}',
-    b'{"sku":null,"units":1}', b'{"sku":"","units":1}', b'{"sku":"' + b"A" * 65 + b'","units":1}', b'{"sku":"\\ud800","units":1}',
-    b'{"sku":"\\u0000","units":1}', b'{"sku":"\xc3\xa9","units":1}', b'{"sku":"A","units":1,"again":"yes"}', b'{"sku":"A","units":1,"again":1}',
-    b'{"sku":"A","units":1,"again":null}', b'{"sku":"A","units":1,"x":1}', b'{"sku":"A","units":1,"x":[[[{}]]]}', b'{"sku":"A","sku":"B","units":1}',
-    b'{"sku":"A","units":1} x', b'  {"sku":"A","units":1}  ', b'{"sku":"A","units":1}' + b" " * 16_384, b"x" * 16_385, b'{"SKU":"A","units":1}',
-]  # fmt: skip
+    b'{"sku":"A","units":1}',
+    b'{"sku":"A","units":1,"again":false}',
+    b'{"sku":"A","units":1,"again":true}',
+    b'{"sku":"A","units":2}',
+    b"",
+    b"null",
+    b"[]",
+    b"7",
+    b'"A"',
+    b"{}",
+    b"{",
+    b"\xff",
+    b"\xef\xbb\xbf{}",
+    b"NaN",
+    b"[" * 15_000,
+    b'{"a":' * 2_500,
+    b'{"sku":"A"}',
+    b'{"units":1}',
+    b'{"sku":1,"units":1}',
+    b'{"sku":"A","units":"1"}',
+    b'{"sku":"A","units":1.0}',
+    b'{"sku":"A","units":true}',
+    b'{"sku":"A","units":0}',
+    b'{"sku":"A","units":-1}',
+    b'{"sku":"A","units":101}',
+    b'{"sku":"A","units":99999999999999999999999}',
+    b'{"sku":"A","units":1e400}',
+    b'{"sku":"A","units":null}',
+    b'{"sku":null,"units":1}',
+    b'{"sku":"","units":1}',
+    b'{"sku":"' + b"A" * 65 + b'","units":1}',
+    b'{"sku":"\\ud800","units":1}',
+    b'{"sku":"\\u0000","units":1}',
+    b'{"sku":"\xc3\xa9","units":1}',
+    b'{"sku":"A","units":1,"again":"yes"}',
+    b'{"sku":"A","units":1,"again":1}',
+    b'{"sku":"A","units":1,"again":null}',
+    b'{"sku":"A","units":1,"x":1}',
+    b'{"sku":"A","units":1,"x":[[[{}]]]}',
+    b'{"sku":"A","sku":"B","units":1}',
+    b'{"sku":"A","units":1} x',
+    b'  {"sku":"A","units":1}  ',
+    b'{"sku":"A","units":1}' + b" " * 16_384,
+    b"x" * 16_385,
+    b'{"SKU":"A","units":1}',
+]
 
 
-async def test_bodies(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen) -> None:
+async def test_bodies(
+    front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=60)
     await seen()
     await front.join("x", "ann")
@@ -73,16 +111,35 @@ async def test_bodies(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncCl
 
 
 HEADERS: list[dict[str, Any]] = [
-    {}, {"content-type": ""}, {"content-type": "text/plain"}, {"content-type": "application/json; charset=utf-8"},
-    {"content-type": "APPLICATION/JSON"}, {"content-type": "application/jsonx"}, {"content-type": "application/problem+json"},
-    {"content-length": "99999"}, {"content-length": "-1"}, {"content-length": "x"},
-    {"authorization": "Bearer x"}, {"authorization": "Pass x"}, {"authorization": ""}, {"authorization": "Bearer"},
-    {"authorization": b"Pass \xff"}, {"x-buyer-id": ""}, {"x-buyer-id": "b" * 129}, {"x-buyer-id": b"\xff\xfe"}, {"x-buyer-id": b"a\x01b"},
-    {"x-buyer-id": "ännï".encode()}, {"x-request-id": "given"}, {"x-request-id": "no good"}, {"if-none-match": "*"},
-]  # fmt: skip
+    {},
+    {"content-type": ""},
+    {"content-type": "text/plain"},
+    {"content-type": "application/json; charset=utf-8"},
+    {"content-type": "APPLICATION/JSON"},
+    {"content-type": "application/jsonx"},
+    {"content-type": "application/problem+json"},
+    {"content-length": "99999"},
+    {"content-length": "-1"},
+    {"content-length": "x"},
+    {"authorization": "Bearer x"},
+    {"authorization": "Pass x"},
+    {"authorization": ""},
+    {"authorization": "Bearer"},
+    {"authorization": b"Pass \xff"},
+    {"x-buyer-id": ""},
+    {"x-buyer-id": "b" * 129},
+    {"x-buyer-id": b"\xff\xfe"},
+    {"x-buyer-id": b"a\x01b"},
+    {"x-buyer-id": "ännï".encode()},
+    {"x-request-id": "given"},
+    {"x-request-id": "no good"},
+    {"if-none-match": "*"},
+]
 
 
-async def test_headers(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen) -> None:
+async def test_headers(
+    front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=60)
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]
@@ -102,14 +159,28 @@ async def test_headers(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncC
             same(one, two)
 
 
-async def test_paths(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen) -> None:
+async def test_paths(
+    front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=60)
     await seen()
     for path in (
-        "/v1/sales/none", "/v1/sales/none/board", "/v1/tickets/none", "/v1/tickets/" + "A" * 5000, "/v1/tickets/%00", "/v1/tickets/%2F",
-        "/v1/sales/%2e%2e/board", "/v1/sales/é/board", "/v1/sales/x%20/board", "/v1/sales/x?state=odd", "/v1/sales//board", "/v1/tickets/a/b",
-        "/v1/sales/x/board/", "/v1/time/", "/v1/time?x=1",
-    ):  # fmt: skip
+        "/v1/sales/none",
+        "/v1/sales/none/board",
+        "/v1/tickets/none",
+        "/v1/tickets/" + "A" * 5000,
+        "/v1/tickets/%00",
+        "/v1/tickets/%2F",
+        "/v1/sales/%2e%2e/board",
+        "/v1/sales/é/board",
+        "/v1/sales/x%20/board",
+        "/v1/sales/x?state=odd",
+        "/v1/sales//board",
+        "/v1/tickets/a/b",
+        "/v1/sales/x/board/",
+        "/v1/time/",
+        "/v1/time?x=1",
+    ):
         one, two = [await client.get(path) for client in (raw, typed)]
         same(one, two)
         sent: dict[str, Any] = {"content": b'{"sku":"A","units":1}', "headers": {**JSON, "x-buyer-id": "ann"}}
@@ -117,7 +188,9 @@ async def test_paths(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncCli
         same(one, two)
 
 
-async def test_states(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen) -> None:
+async def test_states(
+    front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen
+) -> None:
     """Every outcome of a join that stores nothing, and polls of every kind of ticket."""
     await shop.publish("early", line_opens_in_s=60, opens_in_s=70)
     await shop.publish("shut")
@@ -131,7 +204,9 @@ async def test_states(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncCl
     await front.join("gone", "winner")
     await front.join("full", "first")
     tickets = [(await front.join("x", f"b{number}")).json()["ticket"] for number in range(3)]
-    await shop.mark("x", 1, b"r", version=2, payment={"channel": "card", "state": "ready", "kind": "qr", "url": "u"})
+    await shop.mark(
+        "x", 1, b"r", version=2, payment={"channel": "card", "state": "ready", "kind": "qr", "url": "u"}
+    )
     await shop.mark("x", 2, b"k", version=2)
     for sale in ("early", "shut", "gone", "full", "strict", "few"):
         sent: dict[str, Any] = {"content": b'{"sku":"A","units":1}', "headers": {**JSON, "x-buyer-id": "ann"}}
@@ -144,7 +219,9 @@ async def test_states(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncCl
             same(one, two)
 
 
-async def test_whatever_json_is_sent(front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen) -> None:
+async def test_whatever_json_is_sent(
+    front: Front, raw: httpx.AsyncClient, typed: httpx.AsyncClient, shop: Shop, seen: Seen
+) -> None:
     await shop.publish(opens_in_s=600)
     await seen()
     await front.join("x", "ann")
@@ -153,7 +230,11 @@ async def test_whatever_json_is_sent(front: Front, raw: httpx.AsyncClient, typed
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
         max_leaves=6,
     )
-    wish = st.dictionaries(st.sampled_from(["sku", "units", "again", "extra"]), value | st.sampled_from(["A", 1, True]), max_size=4)
+    wish = st.dictionaries(
+        st.sampled_from(["sku", "units", "again", "extra"]),
+        value | st.sampled_from(["A", 1, True]),
+        max_size=4,
+    )
     wishes: list[bytes] = []
 
     @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))

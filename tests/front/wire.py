@@ -1,4 +1,4 @@
-"""HTTP by hand: for many requests at once (httpx's pool is slow beyond a hundred) and for bytes no client would send."""
+"""HTTP by hand: many requests at once (the pool of httpx is slow beyond a hundred), and bytes no client would send."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Wire:
         self._writer.write(raw)
         head = await self._reader.readuntil(b"\r\n\r\n")
         lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines[1:] if line)
+        }
         body = await self._reader.readexactly(int(headers.get("content-length", "0")))
         if headers.get("connection") == "close":
             await self.close()
