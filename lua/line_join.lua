@@ -46,8 +46,10 @@ do
   local other
   for i = 1, n do
     if held[i] then
-      local of, seq, units = string.match(held[i], '^([^:]+):(%d+):(%d+)$')
-      local ticket = {sku = of, seq = tonumber(seq), units = tonumber(units), byte = 'o'}
+      local cut = string.find(held[i], ':', 1, true)
+      local next_cut = string.find(held[i], ':', cut + 1, true)
+      local of, seq = string.sub(held[i], 1, cut - 1), tonumber(string.sub(held[i], cut + 1, next_cut - 1))
+      local ticket = {sku = of, seq = seq, units = tonumber(string.sub(held[i], next_cut + 1)), byte = 'o'}
       have[i] = ticket
       if of == sku then
         local at = #gets

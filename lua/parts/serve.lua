@@ -8,21 +8,23 @@
 -- Cost: O(work_max): a read and a permutation for each drawn rank, one read for all later ones; one XADD a claim.
 local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
   local P = {served = I.served, stock = units_left, tokens = tokens, claimed = 0, busy = false, dead = false,
-    payloads = {}, bytes = {}, gone = {}}
+    payloads = {}, sets = {}, gone = {}, trim = false}
   local last = I.next_seq - 1
   local room = backlog_max - redis.call('XLEN', ORDERS)
   local work, stop, D = 0, false, nil
+  local sets, gone = P.sets, P.gone  -- arguments of BITFIELD, ids that leave the line
 
   local function reach(entry)  -- decide about the ticket at the next rank: true = served or closed, false = stop before it
     local id, b = entry[1], entry[2][2]
     local cut = string.find(b, ':', 1, true)
     local units = tonumber(string.sub(b, 1, cut - 1))
     local seq = string.sub(id, 1, -3)
+    local byte
     if units > P.stock then
       if P.stock == 0 or S.standby then
         return false
       end
-      P.bytes[#P.bytes + 1] = {seq, 115}
+      byte = 115
     elseif room <= 0 then
       P.busy = true
       return false
@@ -30,11 +32,13 @@ local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
       return false
     else
       P.stock, P.tokens, room, P.claimed = P.stock - units, P.tokens - TOKEN, room - 1, P.claimed + 1
-      P.bytes[#P.bytes + 1] = {seq, 99}
+      byte = 99
       P.payloads[P.claimed] = '1|' .. S.epoch .. '|' .. sku .. '|' .. seq .. '|' .. units .. '|' .. now .. '|' ..
         string.sub(b, cut + 1)
     end
-    P.gone[#P.gone + 1] = id
+    local at = #sets
+    sets[at + 1], sets[at + 2], sets[at + 3], sets[at + 4] = 'SET', 'u8', '#' .. string.format('%d', seq - 1), byte
+    gone[#gone + 1] = id
     return true
   end
 
@@ -77,6 +81,7 @@ local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
   if unlimited then
     P.tokens = 0
   end
+  P.trim = P.served >= drawn_n  -- then every entry up to served is gone: one call instead of one walk for each
   P.changed = P.served ~= I.served or P.dead
   return P
 end
@@ -85,14 +90,8 @@ local function serve_apply(P)
   if not P.changed then
     return
   end
-  for first = 1, #P.bytes, 500 do  -- unpack has a limit of 8,000 values
-    local set = {}
-    for i = first, math.min(first + 499, #P.bytes) do
-      local at = #set
-      set[at + 1], set[at + 2] = 'SET', 'u8'
-      set[at + 3], set[at + 4] = '#' .. string.format('%d', P.bytes[i][1] - 1), P.bytes[i][2]
-    end
-    redis.call('BITFIELD', OUTCOME, unpack(set))
+  for first = 1, #P.sets, 4000 do  -- unpack has a limit of 8,000 values
+    redis.call('BITFIELD', OUTCOME, unpack(P.sets, first, math.min(first + 3999, #P.sets)))
   end
   for i = 1, P.claimed do
     redis.call('XADD', ORDERS, '*', 'c', P.payloads[i])
@@ -101,7 +100,9 @@ local function serve_apply(P)
     redis.call('UNLINK', LINE)
     redis.call('HSET', ITEM, 'served', P.served, 'dead_seq', P.served)
   else
-    if #P.gone > 0 then
+    if #P.gone > 0 and P.trim then
+      redis.call('XTRIM', LINE, 'MINID', '=', string.format('%d-0', P.served + 1))
+    elseif #P.gone > 0 then
       redis.call('XDEL', LINE, unpack(P.gone))
     end
     redis.call('HSET', ITEM, 'served', P.served)
