@@ -1,0 +1,298 @@
+"""The worker as a whole: its loops outlive outages, share their work, and end cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.embedded import Postgres, Valkey
+from app.keys import GROUP
+from app.worker import Health, Worker, create_app, keep_going
+from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
+
+QUICK: dict[str, Any] = {
+    "autoclaim_idle_ms": 300,
+    "confirm_block_ms": 50,
+    "expire_every_ms": 50,
+    "relay_every_ms": 20,
+    "pulse_every_s": 0.1,
+    "reconcile_every_s": 0.2,
+}
+
+
+@pytest.fixture
+async def shop(redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    async with open_shop(redis_url, database_url, **QUICK) as shop:
+        yield shop
+
+
+@asynccontextmanager
+async def at_work(shop: Shop, **changed: Any) -> AsyncIterator[Worker]:
+    """A worker in this process, until the end of the block."""
+    worker = Worker(settings_of(shop.settings.redis_url, shop.settings.database_url, **(QUICK | changed)))
+    working = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.stopping.set()
+        await asyncio.wait_for(working, 15)
+
+
+async def reserved(shop: Shop, count: int, within_s: float = 15.0) -> None:
+    async def there() -> bool:
+        try:
+            async with shop.engine.connect() as conn:
+                found = await conn.execute(
+                    text("SELECT count(*) FROM purchase_order WHERE state = 'reserved'")
+                )
+                return int(found.scalar_one()) == count and await shop.backlog() == 0
+        except (SQLAlchemyError, OSError):
+            return False
+
+    await until(there, f"{count} reserved", within_s)
+
+
+async def at_rest(shop: Shop) -> None:
+    """Nothing on its way, and every unit somewhere once."""
+
+    async def quiet() -> bool:
+        due = await shop.sql("SELECT 1 FROM outbox WHERE state = 'due'")
+        return not due and await shop.backlog() == 0
+
+    await until(quiet, "nothing is on its way")
+    await shop.conserved()
+
+
+async def test_a_worker_confirms_expires_and_tells_by_itself(shop: Shop) -> None:
+    await shop.publish(20, pay_within_s=1)
+    seqs = await shop.claim(*[f"b{n}" for n in range(10)])
+    async with at_work(shop):
+        await reserved(shop, 10)
+        await shop.sql("UPDATE purchase_order SET pay_by = now() WHERE seq <= 4")
+        await reserved(shop, 6)
+        await at_rest(shop)
+        assert await shop.left() == 14
+        assert [await shop.byte(seq) for seq in seqs[:4]] == [b"e"] * 4
+
+        async def numbered() -> bool:
+            rows = await shop.sql("SELECT position FROM event ORDER BY position")
+            return [row["position"] for row in rows] == list(range(1, len(rows) + 1))
+
+        await until(numbered, "every event has its number")
+
+
+async def test_standby_buyers_win_what_others_do_not_pay(shop: Shop) -> None:
+    await shop.publish(2, standby=True)
+    await shop.claim("a", "b")
+    waiting = await shop.join("c", "d", "e")
+    async with at_work(shop):
+        await reserved(shop, 2)
+        await shop.sql("UPDATE purchase_order SET pay_by = now()")
+
+        async def moved() -> bool:
+            rows = await shop.sql("SELECT buyer_id FROM purchase_order WHERE state = 'reserved'")
+            return {row["buyer_id"] for row in rows} == {"c", "d"}
+
+        await until(moved, "the next in line hold the units")
+        await at_rest(shop)
+    assert await shop.byte(waiting[2].seq) == b"w"
+    assert await shop.left() == 0
+
+
+async def test_a_buyer_leaves_while_claimed(shop: Shop) -> None:
+    await shop.publish(3)
+    (seq,) = await shop.claim("ann")
+    await shop.scripts.ask_put(
+        sale=SALE, epoch=1, sku="A", seq=seq, buyer_id="ann", kind="leave", repeat_ms=60_000
+    )
+    async with at_work(shop):
+
+        async def gone() -> bool:
+            return await shop.byte(seq) == b"k"
+
+        await until(gone, "the ticket is left")
+        await at_rest(shop)
+    assert await shop.left() == 3
+    assert await shop.link.call("XLEN", shop.keys.asks) == 0
+
+
+async def test_claims_of_a_dead_worker_are_taken_over(shop: Shop) -> None:
+    await shop.publish(20)
+    await shop.claim(*[f"b{n}" for n in range(10)])
+    assert len(await shop.read(consumer="dead")) == 10
+    async with at_work(shop):
+        await reserved(shop, 10)
+        assert await shop.pending() == 0
+
+
+async def test_three_workers_share_the_claims_and_write_each_once(shop: Shop) -> None:
+    await shop.publish(500)
+    async with (
+        at_work(shop, worker_name="w1"),
+        at_work(shop, worker_name="w2"),
+        at_work(shop, worker_name="w3"),
+    ):
+        for batch in range(10):
+            await shop.claim(*[f"b{batch}-{n}" for n in range(30)])
+        await reserved(shop, 300)
+        await at_rest(shop)
+    assert (await shop.item())["reserved"] == 300
+
+
+async def test_postgres_goes_down_and_comes_back_and_no_claim_is_lost(shop: Shop, postgres: Postgres) -> None:
+    await shop.publish(100)
+    async with at_work(shop) as worker:
+        await shop.claim("first")
+        await reserved(shop, 1)
+        postgres.stop()
+        await shop.claim(*[f"b{n}" for n in range(20)])  # selling goes on
+        waiting = [f"w{n}" for n in range(3)]
+        await shop.link.call("HSET", shop.keys.sale, "rate_milli", 1, "tokens_micro", 0)
+        await shop.join(*waiting)
+        await shop.link.call("HSET", shop.keys.sale, "rate_milli", -1)
+
+        async def admitted() -> bool:
+            return await shop.left() == 100 - 1 - 20 - 3
+
+        await until(admitted, "the line moves without Postgres")
+        assert await shop.backlog() == 23
+        transport = httpx.ASGITransport(create_app(worker))
+        async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert "postgres" in answer.json()["reasons"]
+            assert (await client.get("/healthz")).status_code == 200
+            postgres.start()
+            await reserved(shop, 24)
+            await at_rest(shop)
+
+            async def ready() -> bool:
+                return (await client.get("/readyz")).status_code == 200
+
+            await until(ready, "ready again")
+    assert (await shop.item())["reserved"] == 24
+
+
+async def test_redis_restarts_and_the_worker_arms_it_and_goes_on(shop: Shop, valkey: Valkey) -> None:
+    await shop.publish(100)
+    async with at_work(shop):
+        await shop.claim(*[f"a{n}" for n in range(5)])
+        await reserved(shop, 5)
+        await shop.claim(*[f"b{n}" for n in range(20)])
+        before = shop.link.run_id
+        valkey.restart(crash=True)
+
+        async def armed() -> bool:
+            return (
+                shop.link.connected
+                and shop.link.run_id != before
+                and await shop.link.call("HGET", shop.keys.sale, "home") == shop.link.run_id.encode()
+            )
+
+        await until(armed, "armed again")
+        await shop.claim(*[f"c{n}" for n in range(5)])
+        await reserved(shop, 30)
+        await at_rest(shop)
+    assert await shop.left() == 70
+
+
+async def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(shop: Shop) -> None:
+    await shop.publish(3_000)
+    for batch in range(3):
+        await shop.claim(*[f"b{batch}-{n}" for n in range(1_000)])
+    async with at_work(shop, confirm_batch_max=500):
+
+        async def begun() -> bool:
+            return bool(await shop.sql("SELECT 1 FROM purchase_order LIMIT 1"))
+
+        await until(begun, "a first batch is written")
+    assert await shop.pending() == 0  # nothing was left half done
+    written = len(await shop.orders())
+    assert written + await shop.backlog() == 3_000
+    await shop.conserved()
+
+
+async def test_metrics_are_for_the_allowed_networks_only(shop: Shop) -> None:
+    worker = Worker(shop.settings)
+    try:
+        for host, status in (("127.0.0.1", 200), ("192.0.2.1", 403)):
+            transport = httpx.ASGITransport(create_app(worker), client=(host, 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+                answer = await client.get("/metrics")
+                assert answer.status_code == status
+                if status == 200:
+                    assert "fairdrop_confirm_claims_total" in answer.text
+    finally:
+        await worker.providers.aclose()
+        await worker.engine.dispose()
+
+
+async def test_a_loop_that_fails_says_so_once_and_goes_on_when_it_can(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stopping, turns = asyncio.Event(), 0
+
+    async def turn() -> bool:
+        nonlocal turns
+        turns += 1
+        if turns <= 4:
+            raise ConnectionRefusedError("nobody there")
+        stopping.set()
+        return False
+
+    await asyncio.wait_for(keep_going("test", turn, 0.01, stopping, Health()), 5)
+    assert turns == 5
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("loop interrupted") == 1
+    assert (said.out + said.err).count("loop works again") == 1
+
+
+async def test_the_process_answers_its_probes_and_ends_on_sigterm(shop: Shop, tmp_path: Path) -> None:
+    await shop.publish(20)
+    await shop.claim(*[f"b{n}" for n in range(10)])
+    told = tmp_path / "port"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "import asyncio; from app.settings import Settings; from app.worker import run; asyncio.run(run(Settings()))",
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("FAIRDROP_")},
+            "FAIRDROP_ENV": "development",
+            "FAIRDROP_REDIS_URL": shop.settings.redis_url,
+            "FAIRDROP_DATABASE_URL": shop.settings.database_url,
+            "FAIRDROP_WORKER_PORT": "0",
+            "FAIRDROP_PORT_FILE": str(told),
+        },
+    )
+    try:
+
+        async def listening() -> bool:
+            assert process.returncode is None
+            return told.exists()
+
+        await until(listening, "the worker says its port", 20)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{told.read_text().strip()}") as client:
+
+            async def ready() -> bool:
+                return (await client.get("/readyz")).status_code == 200
+
+            await until(ready, "ready")
+        await reserved(shop, 10)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 15) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert await shop.link.call("XPENDING", shop.keys.orders, GROUP) == [0, None, None, None]
