@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 20.0  # of one office call; the office shares two cores with a full peak
+KNOWN_EVERYWHERE_S = 0.3  # what an operator does is live on every front door within 200 ms
 SKU = "PH-128"
 
 
@@ -88,6 +89,7 @@ class Office:
         }
         self._ask("POST", "/v1/admin/sales", document | fields)
         self._ask("POST", f"/v1/admin/sales/{sale.id}/publish")
+        time.sleep(KNOWN_EVERYWHERE_S)
         return sale
 
     def close(self, sale: str) -> None:
