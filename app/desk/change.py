@@ -95,6 +95,7 @@ class Change:
         *,
         sale: str | None = None,
         detail: Mapping[str, Any] | None = None,
+        journalled: bool = False,
     ) -> Answer:
         """Put the change into the journal and keep its answer, in the step that makes it. A dry run ends here."""
         if self.dry_run:
@@ -103,6 +104,8 @@ class Change:
             await idempotency.keep(
                 self.conn, self.operator.id, self._name, self._request_hash, answer.status, self._kept(answer)
             )
+        if journalled:
+            return answer
         await journal.append(
             self.conn,
             actor=f"{self.operator.name} ({self.operator.id})",
@@ -233,6 +236,9 @@ KeyHeader = Annotated[
 
 def posting(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
     """A dependency of POST routes: who, under which key, why, and whether only to try."""
+    who = Depends(
+        needs(role)
+    )  # a default, not Annotated: local names are not known where annotations are read
 
     async def post(
         request: Request,
@@ -240,7 +246,9 @@ def posting(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
         idempotency_key: KeyHeader,
         reason: ReasonQuery = None,
         dry_run: DryRun = False,
-        operator: Operator = Depends(needs(role)),  # not Annotated: `role` is not known where names are looked up
+        operator: Operator = Depends(
+            needs(role)
+        ),  # not Annotated: `role` is not known where names are looked up
     ) -> Posting:
         return Posting(desk, operator, request, idempotency_key, reason, dry_run)
 
@@ -249,13 +257,14 @@ def posting(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
 
 def editing(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
     """The same for PATCH and DELETE, which need no key."""
+    who = Depends(needs(role))
 
     async def edit(
         request: Request,
         desk: TheDesk,
         reason: ReasonQuery = None,
         dry_run: DryRun = False,
-        operator: Operator = Depends(needs(role)),
+        operator: Operator = who,
     ) -> Posting:
         return Posting(desk, operator, request, None, reason, dry_run)
 

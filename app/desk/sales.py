@@ -225,7 +225,7 @@ async def patch(sale: SalePath, given: SalePatch, edit: OperatorEdits, if_match:
             told = None if row.state == "draft" else await put_switch(conn, row)
             detail = {"changed": {name: given_value(given, name) for name in sorted(given.model_fields_set)}}
             answer = await change.done(shown_sale(row), "sale.change", sale=sale, detail=detail)
-        return answer if told is None else await tell(desk, lambda: turn(desk, row, told), answer)
+        return answer if told is None else await tell(desk, lambda: turn(desk, change, row, told), answer)
 
     return await edit.once(effect)
 
@@ -289,7 +289,7 @@ async def publish_sale(sale: SalePath, post: OperatorPosts, body: Body | None = 
                 conn, "sale.published", sale, version, publish.event_data(row, seed_hash=seed_hash)
             )
             await change.done(answer, "sale.publish", sale=sale, detail={"seed_hash": seed_hash})
-        return await tell(desk, lambda: publish.go_live(desk.engine, desk.link, desk.scripts, row), answer)
+        return await tell(desk, lambda: publish.go_live(change.conn, desk.link, desk.scripts, row), answer)
 
     return await post.once(effect, body)
 
@@ -300,10 +300,13 @@ async def put_switch(conn: AsyncConnection, row: Sale) -> int:
     return await outbox.put(conn, "switch", row.id, row.epoch, payload)
 
 
-async def turn(desk: Desk, row: Sale, outbox_id: int) -> None:
-    """Tell Redis at once; the relay finds nothing left to do."""
+async def turn(desk: Desk, change: Change, row: Sale, outbox_id: int) -> None:
+    """Tell Redis at once; the relay finds nothing left to do.
+
+    On the change's own connection: a request that holds one and waits for a second would lock all of them out.
+    """
     await publish.switch(desk.link, desk.scripts, row)
-    async with desk.engine.begin() as conn:
+    async with change.step() as conn:
         await outbox.close(conn, [(outbox_id, 0)], "done")
 
 
@@ -333,7 +336,7 @@ async def switched(
                 await events.put(conn, event, sale_id, version, publish.event_data(row))
             outbox_id = await put_switch(conn, row)
             answer = await change.done(shown_sale(row), action, sale=sale_id, detail=detail)
-        return await tell(desk, lambda: turn(desk, row, outbox_id), answer)
+        return await tell(desk, lambda: turn(desk, change, row, outbox_id), answer)
 
     return await post.once(effect, body)
 
@@ -485,9 +488,9 @@ def _add(post: OperatorPosts, sale_id: str, body: TopUpIn) -> Callable[[Change],
 
         async def told() -> None:
             await publish.add_stock(desk.settings, desk.scripts, row, body.sku, body.units, change.id)
-            async with desk.engine.begin() as conn:
+            async with change.step() as conn:
                 await outbox.close(conn, [(added_id, 0)], "done")
-            await turn(desk, row, switch_id)
+            await turn(desk, change, row, switch_id)
 
         return await tell(desk, told, answer)
 
@@ -521,16 +524,20 @@ def _take(post: OperatorPosts, sale_id: str, body: TopUpIn) -> Callable[[Change]
             desk.settings, desk.scripts, row.id, row.epoch, body.sku, body.units, change.id
         )
         async with change.step() as conn:
+            row = await found(conn, sale_id, lock=True)
             if left is not None:
                 await sales.close_intent(conn, intent_id, "dropped")
             else:
-                await publish.settle_take(conn, sale_id, body.sku, body.units, intent_id)
+                first = await publish.settle_take(conn, sale_id, body.sku, body.units, intent_id)
                 row = await found(conn, sale_id)
                 switch_id = await put_switch(conn, row)
                 detail = {"sku": body.sku, "units": body.units, "id": change.id}
-                answer = await change.done(shown_sale(row), "sale.top_up", sale=sale_id, detail=detail)
+                # `finish_half_done` was faster: it has written the journal.
+                answer = await change.done(
+                    shown_sale(row), "sale.top_up", sale=sale_id, detail=detail, journalled=not first
+                )
         if left is not None:
             raise refuse("not_unsold", extra={"units_left": left})
-        return await tell(desk, lambda: turn(desk, row, switch_id), answer)
+        return await tell(desk, lambda: turn(desk, change, row, switch_id), answer)
 
     return effect

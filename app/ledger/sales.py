@@ -273,10 +273,10 @@ async def intend_take(
     role: str,
     reason: str | None,
 ) -> int:
-    """Note a take before Redis hears of it; the same take again finds its row. Returns the row's id."""
+    """Note a take before Redis hears of it; the same take again finds its row, finished or not. Returns its id."""
     c = outbox.c
     query = sa.select(c.id).where(
-        c.kind == "stock_take", c.state == "intent", c.sale == sale, c.payload["id"].astext == take_id
+        c.kind == "stock_take", c.state != "dropped", c.sale == sale, c.payload["id"].astext == take_id
     )
     if (found := (await conn.execute(query)).scalar_one_or_none()) is not None:
         return int(found)

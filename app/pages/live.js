@@ -5,7 +5,7 @@ const RETRY_MS = 2000; // between two tries to connect again
 const SPARK_POINTS = 90; // seconds of history behind each rate
 const $ = (id) => document.getElementById(id);
 const sale = (location.pathname.match(/^\/live\/([a-z0-9][a-z0-9-]{0,47})$/) || [])[1];
-const history = { join_per_s: [], serve_per_s: [], reserve_per_s: [], pay_per_s: [] };
+const seen = { join_per_s: [], serve_per_s: [], reserve_per_s: [], pay_per_s: [] };
 const number = new Intl.NumberFormat();
 const rate = new Intl.NumberFormat(undefined, { maximumFractionDigits: 1 });
 let last = null;
@@ -59,9 +59,8 @@ async function list() {
 }
 
 function pill(word) {
-  const good = ["open", "line_open", "closed_ok", "closed", "settled", "sold_out"].includes(word);
-  const warn = ["paused", "half_open", "unknown", "draft"].includes(word);
-  return make("span", `pill ${word === "open" ? "good" : warn || !good ? "warn" : ""}`, word.replace("_", " "));
+  const look = word === "open" ? "good" : ["paused", "draft"].includes(word) ? "warn" : "";
+  return make("span", `pill ${look}`, word.replace("_", " "));
 }
 
 // ---- one sale
@@ -129,7 +128,7 @@ function funnel(doc) {
 function rates(doc) {
   const names = { join_per_s: "joins", serve_per_s: "served", reserve_per_s: "reserved", pay_per_s: "paid" };
   $("rates").replaceChildren(...Object.entries(names).map(([field, name]) => {
-    const points = history[field];
+    const points = seen[field];
     points.push(doc.rates[field] || 0);
     if (points.length > SPARK_POINTS) points.shift();
     const row = make("div", "spark");

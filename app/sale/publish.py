@@ -162,10 +162,10 @@ async def announce(link: Link, sale: Sale, *, ended: bool = False) -> None:
     await link.call("HSET", keys.SALES, sale.id, json.dumps({"version": sale.version, "ended": ended}))
 
 
-async def go_live(engine: AsyncEngine, link: Link, scripts: Scripts, sale: Sale) -> None:
+async def go_live(conn: AsyncConnection, link: Link, scripts: Scripts, sale: Sale) -> None:
     """A sale that Postgres calls published becomes known to Redis and to the front doors.
 
-    DidNotHappen, Unknown: repeat; `finish_half_done` does.
+    `conn` has no transaction open.     DidNotHappen, Unknown: repeat; `finish_half_done` does.
     """
     assert sale.seed is not None
     answer = await scripts.sale_publish(
@@ -191,7 +191,7 @@ async def go_live(engine: AsyncEngine, link: Link, scripts: Scripts, sale: Sale)
         # It was switched meanwhile, or the first answer was lost: bring the fields up to date.
         await switch(link, scripts, sale, announced=False)
     await announce(link, sale)
-    async with engine.begin() as conn:
+    async with conn.begin():
         await sales.set_home(conn, sale.id, link.run_id)
 
 
@@ -279,9 +279,10 @@ async def finish_half_done(engine: AsyncEngine, link: Link, scripts: Scripts, se
     for sale_id in unannounced:
         async with engine.connect() as conn:
             sale = await sales.get(conn, sale_id)
-        if sale is not None:
-            await go_live(engine, link, scripts, sale)
-            finished += 1
+            await conn.commit()
+            if sale is not None:
+                await go_live(conn, link, scripts, sale)
+                finished += 1
     for intent in intents:
         finished += await _finish_take(engine, link, scripts, settings, intent)
     return finished

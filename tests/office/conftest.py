@@ -58,6 +58,11 @@ def iso(seconds: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
 
 
+def timed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields whose times are written as seconds from now."""
+    return {n: iso(v) if n.endswith("_at") and isinstance(v, int) else v for n, v in fields.items()}
+
+
 def document(sale: str = "drop", **changed: Any) -> dict[str, Any]:
     """A good sale: the line opens in a minute, the doors in two."""
     return {
@@ -98,7 +103,13 @@ class Office:
         return await self.http.get(path, params=params, headers=_bearer(key))
 
     async def post(
-        self, path: str, body: Any = None, *, key: str | None = FIRST_KEY, idem: str | None = None, **params: Any
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        key: str | None = FIRST_KEY,
+        idem: str | None = None,
+        **params: Any,
     ) -> httpx.Response:
         headers = {**_bearer(key), "Idempotency-Key": idem or f"test-{next(_keys)}"}
         if body is None:
@@ -191,7 +202,13 @@ async def office(settings: Settings) -> AsyncIterator[Office]:
 
 
 async def write_order(
-    office: Office, sale: str = "drop", *, sku: str = "A", seq: int = 1, buyer: str = "b1", state: str = "reserved"
+    office: Office,
+    sale: str = "drop",
+    *,
+    sku: str = "A",
+    seq: int = 1,
+    buyer: str = "b1",
+    state: str = "reserved",
 ) -> str:
     """An order as confirm writes it: row, line, counters, event; its ticket in Redis says the same."""
     number = orders.order_no(sale, 1, sku, seq, buyer)
@@ -207,9 +224,12 @@ async def write_order(
         " VALUES (:no, 1, 'item', :sku, 'Thing', 1, 500, 500)",
         no=number, sku=sku,
     )  # fmt: skip
-    await office.sql(f"UPDATE item SET {counter} = {counter} + 1 WHERE sale = :sale AND sku = :sku", sale=sale, sku=sku)
     await office.sql(
-        "INSERT INTO event (id, type, sale, order_no, version, data) VALUES (:id, 'order.reserved', :sale, :no, 1, '{}')",
+        f"UPDATE item SET {counter} = {counter} + 1 WHERE sale = :sale AND sku = :sku", sale=sale, sku=sku
+    )
+    await office.sql(
+        "INSERT INTO event (id, type, sale, order_no, version, data)"
+        " VALUES (:id, 'order.reserved', :sale, :no, 1, '{}')",
         id=f"evt-{number}-1-reserved", sale=sale, no=number,
     )  # fmt: skip
     if state == "paid":

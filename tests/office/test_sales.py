@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 
-
 import pytest
 
 from tests.office.conftest import FIRST_KEY, document, iso, redis_sale, stock, until
@@ -84,7 +83,11 @@ async def test_a_bad_document_is_told_each_path_and_code(office, change, path, c
 
 
 async def test_naive_times_need_a_time_zone(office):
-    times = {"line_opens_at": "2027-01-01T10:00:00", "opens_at": "2027-01-01T10:10:00", "closes_at": "2027-01-01T12:00:00"}
+    times = {
+        "line_opens_at": "2027-01-01T10:00:00",
+        "opens_at": "2027-01-01T10:10:00",
+        "closes_at": "2027-01-01T12:00:00",
+    }
     refused = await office.post("/v1/admin/sales", document(**times))
     assert (refused.status_code, refused.json()["code"]) == (422, "time_without_zone")
     assert {one["path"] for one in refused.json()["errors"]} == set(times)
@@ -117,10 +120,17 @@ async def test_a_body_that_is_no_document_is_refused(office, content, kind, stat
 async def test_a_copy_takes_what_is_not_given(office):
     await office.draft("first", limit_per_buyer=3, standby=False, rate_per_s=7, pay_within_s=120)
     times = {name: value for name, value in document().items() if name.endswith("_at")}
-    made = await office.post("/v1/admin/sales", {"id": "encore", "copy_of": "first", "title": "Encore", **times})
+    made = await office.post(
+        "/v1/admin/sales", {"id": "encore", "copy_of": "first", "title": "Encore", **times}
+    )
     assert made.status_code == 201, made.text
     sale = made.json()
-    assert (sale["title"], sale["limit_per_buyer"], sale["rate_per_s"], sale["pay_within_s"]) == ("Encore", 3, 7, 120)
+    assert (sale["title"], sale["limit_per_buyer"], sale["rate_per_s"], sale["pay_within_s"]) == (
+        "Encore",
+        3,
+        7,
+        120,
+    )
     assert (sale["copy_of"], sale["items"][0]["sku"]) == ("first", "A")
     unknown = await office.post("/v1/admin/sales", {"id": "third", "copy_of": "nothing", **times})
     assert (unknown.status_code, unknown.json()["code"]) == (404, "no_such_sale")
@@ -134,12 +144,21 @@ async def test_publish_puts_the_sale_into_redis_once_and_commits_to_the_seed(off
     assert sale["state"] == "scheduled" and len(sale["seed_hash"]) == 64
     told = await redis_sale(office)
     assert told["seed_hash"] == sale["seed_hash"] and len(told["seed"]) == 64
-    assert (told["limit"], told["rate_milli"], told["standby"], told["paused"], told["closed"]) == ("2", "50000", "0", "0", "0")
+    assert (told["limit"], told["rate_milli"], told["standby"], told["paused"], told["closed"]) == (
+        "2",
+        "50000",
+        "0",
+        "0",
+        "0",
+    )
     assert json.loads(told["doc"])["items"] == [
         {"sku": "A", "title": "Thing", "price_minor": 500, "currency": "EUR", "units": 10}
     ]
     assert await stock(office) == 10
-    assert json.loads(await office.redis("HGET", "fairdrop:sales", "drop")) == {"version": sale["version"], "ended": False}
+    assert json.loads(await office.redis("HGET", "fairdrop:sales", "drop")) == {
+        "version": sale["version"],
+        "ended": False,
+    }
     events = (await office.get("/v1/admin/events")).json()["data"]
     assert [(e["type"], e["data"]["sale"]) for e in events] == [("sale.published", "drop")]
     twice = await office.post("/v1/admin/sales/drop/publish")
@@ -270,7 +289,9 @@ async def test_pages_of_sales_are_signed_and_complete(office):
         assert (await office.get("/v1/admin/sales", limit=limit)).status_code == 422
 
 
-@pytest.mark.parametrize("path", ["/v1/admin/sales/Bad%20Id", "/v1/admin/sales/" + "x" * 60, "/v1/admin/sales/%00"])
+@pytest.mark.parametrize(
+    "path", ["/v1/admin/sales/Bad%20Id", "/v1/admin/sales/" + "x" * 60, "/v1/admin/sales/%00"]
+)
 async def test_a_hostile_path_is_no_sale(office, path):
     answer = await office.get(path)
     assert answer.status_code in (404, 422)
