@@ -34,6 +34,12 @@ def says(answer: Answer[int]) -> Any:
     return send
 
 
+async def hangs() -> Answer[int]:
+    """A supplier that never answers."""
+    await asyncio.Event().wait()
+    return Done(1)
+
+
 async def trip(guard: Guard) -> None:
     while guard.breaker.state is State.CLOSED:
         await guard.call("create", says(MaybeDone("http_500")))
@@ -59,13 +65,13 @@ async def test_the_breaker_learns_what_the_answer_declares(answer: Answer[int], 
 
 async def test_a_call_that_passes_its_deadline_may_have_happened() -> None:
     guard = make(deadline_s=0.02)
-    assert await guard.call("create", lambda: asyncio.sleep(30, Done(1))) == MaybeDone("deadline")
+    assert await guard.call("create", hangs) == MaybeDone("deadline")
     assert guard.breaker.counts().failures == 1
 
 
 async def test_a_call_that_waited_too_long_for_a_place_certainly_did_not_happen() -> None:
     guard = make(places_max=1, wait_max_s=0.02, deadline_s=5)
-    hanging = asyncio.create_task(guard.call("create", lambda: asyncio.sleep(30, Done(1))))
+    hanging = asyncio.create_task(guard.call("create", hangs))
     await asyncio.sleep(0)
     called = False
 
@@ -109,7 +115,7 @@ async def test_a_cancelled_probe_gives_its_permit_back() -> None:
     guard = make(clock, breaker=Rules(calls_min=2, open_ms=1_000, jitter=0, probes_max=1))
     await trip(guard)
     clock.ms += 1_000
-    probe = asyncio.create_task(guard.call("create", lambda: asyncio.sleep(30, Done(1))))
+    probe = asyncio.create_task(guard.call("create", hangs))
     await asyncio.sleep(0)
     assert isinstance(await guard.call("create", says(Done(1))), NotDone)
     probe.cancel()
@@ -164,9 +170,7 @@ async def test_ten_thousand_callers_of_a_half_open_supplier_make_only_the_permit
 
 async def test_a_supplier_that_hangs_holds_up_nobody_else() -> None:
     sick, well = make(places_max=4, wait_max_s=0.05), make(places_max=4)
-    hanging = [
-        asyncio.create_task(sick.call("create", lambda: asyncio.sleep(30, Done(1)))) for _ in range(200)
-    ]
+    hanging = [asyncio.create_task(sick.call("create", hangs)) for _ in range(200)]
     await asyncio.sleep(0)
     before = time.perf_counter()
     answers = await asyncio.gather(*(well.call("create", says(Done(1))) for _ in range(4)))

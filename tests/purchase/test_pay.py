@@ -209,7 +209,6 @@ async def test_while_the_supplier_does_not_answer_the_order_stays_reserved(till:
     assert await till.state(number) == "reserved"
     assert await till.units() == (4, 1, 0)
     await till.shop.control(reset=True)
-    await asyncio.sleep(0.1)
 
     async def ended() -> bool:
         await till.sql("UPDATE purchase_order SET leased_until = NULL")
@@ -688,7 +687,7 @@ async def test_thirty_orders_through_a_supplier_that_does_everything_wrong(
     till.providers.payment["sandbox"].guard.breaker.set_mode("metrics_only")
     numbers = [await till.reserve(f"buyer{number}") for number in range(30)]
     async with till.loops():
-        await asyncio.sleep(0.25)
+        await until(lambda: till.shop.state.counts["calls_create"] >= 25)
         await till.shop.control(payments={"error_rate": 0, "lost_rate": 0, "hang_rate": 0, "refuse_rate": 0})
         for number in numbers:
             await until(lambda number=number: _is_paid(till, number), 40)
