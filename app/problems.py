@@ -184,7 +184,7 @@ def refuse(
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _request_ids = itertools.count(1)
-_request_prefix = (os.getpid(), b"")
+_request_prefix = os.urandom(5).hex().encode()
 
 
 def request_id_of(headers: Mapping[bytes, bytes]) -> bytes:
@@ -196,12 +196,15 @@ def request_id_of(headers: Mapping[bytes, bytes]) -> bytes:
 
 
 def new_request_id() -> bytes:
+    return b"%b-%x" % (_request_prefix, next(_request_ids))
+
+
+def _after_fork() -> None:
     global _request_prefix
-    pid, prefix = _request_prefix
-    if not prefix or pid != os.getpid():  # drawn after a fork, so that two processes never share it
-        _request_prefix = (os.getpid(), os.urandom(5).hex().encode())
-        prefix = _request_prefix[1]
-    return b"%b-%x" % (prefix, next(_request_ids))
+    _request_prefix = os.urandom(5).hex().encode()
+
+
+os.register_at_fork(after_in_child=_after_fork)  # cheaper than a look at the process id on every request
 
 
 # --- building the document -------------------------------------------------------------------------------------------

@@ -407,7 +407,10 @@ class Snapshots:
             await asyncio.sleep(next_at - time.monotonic())
             await self._try_look()
             for callback in self.on_tick:
-                callback()
+                try:
+                    callback()
+                except Exception:
+                    log.exception("tick_failed")  # the next look matters more than a metric
 
     async def _try_look(self) -> None:
         try:
