@@ -44,7 +44,7 @@ from app.errors import CannotStart, FairdropError
 
 PAY_WITHIN_S = 6  # long enough for the slowest honest buyer of the crowd, short enough to see units come back
 FREEZE_S = 1  # between the last early joiner and the opening
-WAVES_S = 24.0  # after the opening: time for some three waves of unpaid units to come back and be sold again
+WAVES_S = 18.0  # after the opening: unpaid units come back and are sold again, some of them twice
 SETTLE_WITHIN_S = 25.0  # after closing: the last deadlines, refunds and SMS
 START_WITHIN_S = 90.0  # `up` makes a database cluster the first time
 STOP_WITHIN_S = 20.0
@@ -71,6 +71,7 @@ HURRIED = {
     "FAIRDROP_EXPIRE_EVERY_MS": "200",
     "FAIRDROP_AUTOCLAIM_IDLE_MS": "2000",
     "FAIRDROP_LEASE_S": "6",
+    "FAIRDROP_LINK_WAIT_MAX_S": "6",
     "FAIRDROP_DRAIN_S": "0",
 }
 
@@ -131,7 +132,7 @@ class Servers:
 
     def last_words(self) -> str:
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1].removeprefix("fairdrop: ") if lines else "it said nothing"
 
     def stop(self) -> None:
         """Stop everything cleanly; kill what has not ended in time."""
