@@ -414,7 +414,7 @@ async def give_back(conn: AsyncConnection, capture_id: int, reason: str) -> bool
     await conn.execute(
         text(
             "INSERT INTO refund (id, capture_id, order_no, amount_minor, currency, reason, state)"
-            " SELECT 'R' || id || '-1', id, order_no, amount_minor, currency, :reason, 'due'"
+            " SELECT order_no || '-R' || id || '-1', id, order_no, amount_minor, currency, :reason, 'due'"
             " FROM capture WHERE id = :id"
         ),
         {"id": capture_id, "reason": reason},
@@ -470,7 +470,7 @@ async def ask_refund(
     whole = amount == left
     if restock and not whole:
         return RefundRefused("restock_needs_whole")
-    refund_id = f"R{kept['id']}-{int(found.made) + 1}"
+    refund_id = f"{order_no}-R{kept['id']}-{int(found.made) + 1}"
     await conn.execute(
         text(
             "INSERT INTO refund (id, capture_id, order_no, amount_minor, currency, reason, restock, state)"
@@ -521,16 +521,33 @@ async def refund_wait(conn: AsyncConnection, held: tuple[str, int], state: str, 
     return bool(found.rowcount)
 
 
-async def refund_failed(conn: AsyncConnection, held: tuple[str, int]) -> bool:
-    """The supplier refuses for good; a person has to look. The capture keeps its state: nothing has gone back."""
+async def refund_failed(conn: AsyncConnection, refund: Row) -> bool:
+    """The supplier refuses a leased refund for good; a person has to look. False: the lease is no longer ours.
+
+    Nothing has gone back, so the capture keeps its state, and an order that was to be refunded whole is paid as before:
+    the operator can try again.
+    """
+    order = await orders.lock(conn, refund["order_no"])
     found = await conn.execute(
         text(
             "UPDATE refund SET state = 'failed', leased_until = NULL"
             " WHERE id = :id AND generation = :generation AND state IN ('due', 'sent', 'unknown')"
         ),
-        {"id": held[0], "generation": held[1]},
+        {"id": refund["id"], "generation": refund["generation"]},
     )
-    return bool(found.rowcount)
+    if not found.rowcount:
+        return False
+    if order is not None and order["state"] == "refunding":
+        await conn.execute(
+            text(
+                "UPDATE purchase_order AS o SET state = 'paid' WHERE order_no = :order_no AND NOT EXISTS (SELECT FROM"
+                " purchase_order AS other WHERE other.sale = o.sale AND other.buyer_id = o.buyer_id"
+                " AND other.state IN ('reserved', 'paid'))"
+            ),
+            {"order_no": refund["order_no"]},
+        )
+        await orders.bump(conn, refund["order_no"])
+    return True
 
 
 async def refund_done(conn: AsyncConnection, refund_id: str, provider_ref: str | None) -> bool:

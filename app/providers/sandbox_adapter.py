@@ -133,7 +133,8 @@ def _retry_after_ms(reply: httpx.Response) -> int:
 
 
 def _captured(payment: _Payment) -> Captured | None:
-    if payment.state != "paid" or payment.capture_ref is None or payment.paid_at is None:
+    at = payment.paid_at
+    if payment.state != "paid" or payment.capture_ref is None or at is None or at.tzinfo is None:
         return None
     return Captured(
         provider_ref=payment.capture_ref,
@@ -141,7 +142,7 @@ def _captured(payment: _Payment) -> Captured | None:
         order_no=payment.order_no,
         amount_minor=payment.amount_minor,
         currency=payment.currency,
-        captured_at=payment.paid_at,
+        captured_at=at,
     )
 
 

@@ -768,7 +768,7 @@ async def send_refund(till: Till, provider: GuardedPayment, row: Row) -> None:
                 await payments.refund_wait(conn, _held(row), "unknown", backoff_s(row["tries"]))
         case Refused():
             async with till.engine.begin() as conn:
-                failed = await payments.refund_failed(conn, _held(row))
+                failed = await payments.refund_failed(conn, row)
             if failed:
                 alert(
                     "refund_refused",
