@@ -38,6 +38,7 @@ class StripeApi:
         self.calls: list[str] = []
         self.faults = loopback.Faults()
         self.refund_status = "succeeded"
+        self.url = "http://127.0.0.1:1"
 
     def app(self) -> Starlette:
         guarded = {
