@@ -332,7 +332,7 @@ async function listSales() {
       box.replaceChildren(...answer.doc.data.map(one => {
         const row = document.createElement("li"), link = document.createElement("a"), when = document.createElement("small");
         link.href = `/s/${one.id}`; link.textContent = one.title;
-        when.textContent = new Date(one.opens_at).toLocaleString() + " · " + ({ open: T.isOpen, paused: T.isPaused, sold_out: T.isSoldOut, closed: T.isClosed }[one.state] || "");
+        when.textContent = new Date(one.opens_at).toLocaleString(navigator.language) + " · " + ({ open: T.isOpen, paused: T.isPaused, sold_out: T.isSoldOut, closed: T.isClosed }[one.state] || "");
         link.append(when); row.append(link); return row;
       }));
       show("none", answer.doc.data.length === 0);
