@@ -246,9 +246,7 @@ def posting(role: Role) -> Callable[..., Coroutine[Any, Any, Posting]]:
         idempotency_key: KeyHeader,
         reason: ReasonQuery = None,
         dry_run: DryRun = False,
-        operator: Operator = Depends(
-            needs(role)
-        ),  # not Annotated: `role` is not known where names are looked up
+        operator: Operator = who,
     ) -> Posting:
         return Posting(desk, operator, request, idempotency_key, reason, dry_run)
 

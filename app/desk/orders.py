@@ -118,7 +118,7 @@ async def orders_csv(sale: SalePath, desk: TheDesk, operator: Viewer, state: Sta
 def _cell(value: object) -> str:
     """A cell that a spreadsheet does not run as a formula (buyers choose their ids)."""
     text = "" if value is None else str(value)
-    return "'" + text if text[:1] in "=+-@\t\r" and not text.lstrip("-").isdigit() else text
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 async def detail(conn: AsyncConnection, order_no: str) -> dict[str, Any]:
