@@ -40,6 +40,8 @@ CALLS_MAX = 50_000  # calls under way on one connection; a stalled server must n
 BACKOFF_FIRST_S = 0.05  # before the second attempt to connect; doubles, with jitter
 BACKOFF_MAX_S = 1.0  # a recovered Redis is found within about a second
 CONNECT_DEADLINE_S = 2.0  # TCP, TLS, AUTH and SCRIPT LOAD together
+# The last three: something answers that is not Redis.
+CANNOT_CONNECT = (OSError, TimeoutError, DidNotHappen, Unknown, ValueError, TypeError, KeyError)
 
 Reply = Any  # what hiredis makes of RESP: int, bytes, None, or a list of those
 Arg = str | bytes | int
@@ -240,9 +242,12 @@ class Link:
     async def start(self) -> None:
         """Begin to connect, and wait until the first attempt succeeds or fails: see `connected`."""
         if self._keeper is None:
-            tried = asyncio.get_running_loop().create_future()
+            tried = asyncio.Event()
             self._keeper = asyncio.create_task(self._keep(tried), name=f"redis link {self.name}")
-            await tried
+            self._keeper.add_done_callback(_kept)
+            waiter = asyncio.create_task(tried.wait())
+            await asyncio.wait([waiter, self._keeper], return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
 
     async def close(self) -> None:
         """Drop the connection. Calls without an answer fail with Unknown."""
@@ -278,7 +283,7 @@ class Link:
         """The server's name and version as one sentence; CannotStart if it cannot hold a sale."""
         try:
             wire, info = await self._connect(load=False)
-        except (OSError, TimeoutError, DidNotHappen, Unknown) as error:
+        except CANNOT_CONNECT as error:
             raise CannotStart(f"Redis at {self._address} does not answer: {_reason(error)}") from error
         wire.abort()
         await wire.lost.wait()
@@ -311,13 +316,13 @@ class Link:
             wire.send(data, _Call(future, want, many, script, loop.time()), deadline_s or self.deadline_s)
         return future
 
-    async def _keep(self, tried: asyncio.Future[None]) -> None:
+    async def _keep(self, tried: asyncio.Event) -> None:
         """Connect, wait until the connection is lost, connect again, for ever."""
         backoff_s = BACKOFF_FIRST_S
         while True:
             try:
                 wire, info = await self._connect(load=True)
-            except (OSError, TimeoutError, DidNotHappen, Unknown) as error:
+            except CANNOT_CONNECT as error:
                 trouble = _reason(error)
                 if trouble != self.trouble:
                     log.warning("redis: cannot connect to %s: %s", self._address, trouble)
@@ -327,15 +332,13 @@ class Link:
                 self.connected = True
                 backoff_s = BACKOFF_FIRST_S
                 wire.on_server_error, wire.silent_s = self._server_error, self.deadline_s * 0.9
-                if not tried.done():
-                    tried.set_result(None)
+                tried.set()
                 log.info("redis: connected to %s, run_id %s", self._address, self.run_id)
                 await wire.lost.wait()
                 self._wire, self.connected = None, False
                 self.trouble = "the connection was lost"
                 log.warning("redis: connection to %s lost", self._address)
-            if not tried.done():
-                tried.set_result(None)
+            tried.set()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
@@ -365,6 +368,8 @@ class Link:
                     key, colon, value = line.partition(":")
                     if colon:
                         info[key] = value
+                if "run_id" not in info:
+                    raise ValueError("what answers there is not Redis")
                 return wire, info
             except BaseException:
                 wire.abort()
@@ -375,6 +380,11 @@ class Link:
             self.trouble = code
             self.connected = False
             self._wire.leave()
+
+
+def _kept(keeper: asyncio.Task[None]) -> None:
+    if not keeper.cancelled() and (error := keeper.exception()) is not None:
+        log.critical("redis: the link will not come back, restart the process", exc_info=error)
 
 
 class _Address:
@@ -537,6 +547,12 @@ class Short(Answer, frozen=True):
 
 class Marked(Answer, frozen=True):
     """The buyer is told this now."""
+
+
+class MarkedEach(Answer, frozen=True):
+    """For each ticket of the batch: 1 told, 0 left to ticket_mark."""
+
+    done: str
 
 
 class Stale(Answer, frozen=True):
@@ -831,6 +847,13 @@ TICKET_MARK: Script[Gone | Old | Marked | Stale | AlreadyReleased | Not] = Scrip
     args="epoch home now_ms sku seq version byte status_json keep_ask",
     answers=(Gone, Old, Marked, Stale, AlreadyReleased, Not),
 )
+CLAIMS_MARK: Script[Gone | Old | MarkedEach] = Script(
+    "claims_mark",
+    keys="sale outcome status",
+    args="epoch home now_ms sku n tickets...",
+    answers=(Gone, Old),
+    words={"MARKED": MarkedEach},
+)
 ASK_PUT: Script[Gone | Old | Asked | AlreadyAsked | Not] = Script(
     "ask_put",
     keys="sale item outcome status asks",
@@ -1085,6 +1108,18 @@ class Scripts:
             TICKET_MARK,
             (k.sale, k.item(sku), k.outcome(sku), k.status),
             (epoch, self.link.run_id, now_ms, sku, seq, version, byte, status_json, int(keep_ask)),
+        )
+
+    async def claims_mark(
+        self, *, sale: str, epoch: int, sku: str, tickets: Sequence[tuple[int, bytes]], now_ms: int = 0
+    ) -> Gone | Old | MarkedEach:
+        """Tell up to 1000 claimed tickets that their orders are written. tickets: (seq, status_json), seqs rising."""
+        k = sale_keys(sale)
+        seqs, told = zip(*tickets, strict=True)
+        return await self._run(
+            CLAIMS_MARK,
+            (k.sale, k.outcome(sku), k.status),
+            (epoch, self.link.run_id, now_ms, sku, len(seqs), *seqs, *told),
         )
 
     async def ask_put(

@@ -93,7 +93,7 @@ async def test_who_stopped_waiting_is_not_sent() -> None:
     gone, stays = batcher.submit(1), batcher.submit(2)
     gone.cancel()
     sender.open.set()
-    assert await asyncio.gather(first, stays) == [0, 4]
+    assert [await first, await stays] == [0, 4]
     assert sender.batches == [[0], [2]]
 
 

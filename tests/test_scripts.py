@@ -317,7 +317,14 @@ class Fake:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"-LOADING Redis is loading the dataset in memory\r\n", b"HTTP/1.1 400 Bad\r\n"]
+    "answer",
+    [
+        b"-LOADING Redis is loading the dataset in memory\r\n",
+        b"HTTP/1.1 400 Bad\r\n",
+        b":1\r\n",
+        b"$-1\r\n",
+        b"$1\r\nx\r\n",
+    ],
 )
 async def test_a_server_that_is_loading_or_none_at_all_is_not_connected(links: Any, answer: bytes) -> None:
     fake = Fake(answer)

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from app.keys import SaleKeys
 from app.resources import lua_dir
 from app.scripts import Script, Scripts, all_scripts, script_text
 
@@ -89,3 +90,23 @@ def test_a_script_names_no_key_that_it_was_not_given(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_fits_the_limits_of_lua(name: str) -> None:
     assert len(re.findall(r"^local ", script_text(name), re.MULTILINE)) < 150  # 200 local variables at most
+
+
+def test_the_key_map_names_every_script_that_writes_and_every_kind_of_key() -> None:
+    text = (lua_dir() / "README.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if name not in text] == []
+    keys = SaleKeys("x")
+    kinds = [name for name in SaleKeys.__slots__ if name != "prefix"] + ["item:<sku>", "line:<sku>"]
+    kinds += [f"{kind}:<sku>" for kind in ("outcome", "drawn", "left")]
+    assert [kind for kind in kinds if f"| `{kind}` |" not in text] == []
+    assert keys.rate("a", "b") == "{sale:x}:rate:a:b"
+
+
+def test_every_part_is_used_and_every_part_that_is_used_exists() -> None:
+    used = {part for name in NAMES for part in re.findall(r"^--@ part (\w+)$", read(name), re.MULTILINE)}
+    assert used == {path.stem for path in (lua_dir() / "parts").glob("*.lua")}
+    assert not any("--@ part" in script_text(name) for name in NAMES)
+
+
+def read(name: str) -> str:
+    return (lua_dir() / f"{name}.lua").read_text(encoding="utf-8")

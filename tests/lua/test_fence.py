@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from app.scripts import Gone, Old, all_scripts
-
-from .conftest import OPENS, T0, Stage
+from tests.lua.conftest import OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix
 

@@ -9,8 +9,7 @@ import pytest
 
 from app.draw import chain_head, chain_start, seed_hash
 from app.scripts import Claimed, Conflict, Has, Joined, Turned, Waits
-
-from .conftest import CLOSES, FREEZE, OPENS, SEED, T0, Stage
+from tests.lua.conftest import CLOSES, FREEZE, OPENS, SEED, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix
 

@@ -24,8 +24,7 @@ from hypothesis.stateful import (
 
 from app.draw import rank_of, round_keys
 from app.scripts import Added, Claimed, Has, Joined, Left, Link, Released, Served, Turned, Waits
-
-from .conftest import FREEZE, OPENS, T0, Stage
+from tests.lua.conftest import FREEZE, OPENS, T0, Stage
 
 TOKEN = 1_000_000
 
@@ -316,7 +315,7 @@ def shape(answer: Any) -> tuple[Any, ...]:
 @pytest.mark.slow
 def test_any_interleaving_leaves_the_line_as_the_model_says(redis_url: str) -> None:
     machine = type("LineHere", (Line,), {"redis_url": redis_url})
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=150,

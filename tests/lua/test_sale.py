@@ -27,8 +27,7 @@ from app.scripts import (
     Wait,
     Waits,
 )
-
-from .conftest import CLOSES, FREEZE, OPENS, SEED, T0, Stage
+from tests.lua.conftest import CLOSES, FREEZE, OPENS, SEED, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix
 

@@ -20,8 +20,7 @@ from app.scripts import (
     Short,
     Taken,
 )
-
-from .conftest import CLOSES, OPENS, T0, Stage
+from tests.lua.conftest import CLOSES, OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix
 
