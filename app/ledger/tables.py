@@ -322,7 +322,7 @@ event = sa.Table(
     metadata,
     # What the shop is told. `position` is given in commit order (see ledger/events.py), so a cursor never skips one.
     sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("position", sa.BigInteger, unique=True),  # null until numbered
+    sa.Column("position", sa.BigInteger),  # null until numbered
     sa.Column("type", sa.Text, nullable=False),
     sa.Column("sale", sa.Text, nullable=False),
     sa.Column("order_no", sa.Text),
@@ -330,6 +330,10 @@ event = sa.Table(
     sa.Column("at", At, nullable=False, server_default=NOW),
     sa.Column("data", JSONB, nullable=False),
     sa.Column("written", sa.BigInteger, sa.Identity(), nullable=False),
+)
+# Not over nulls: confirm would write an index entry for each new event, only to have it replaced when it is numbered.
+sa.Index(
+    "one_event_a_position", event.c.position, unique=True, postgresql_where=sa.text("position IS NOT NULL")
 )
 sa.Index("events_to_number", event.c.written, postgresql_where=sa.text("position IS NULL"))
 

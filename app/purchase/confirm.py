@@ -15,10 +15,11 @@ A batch is written by binary COPY. What COPY cannot say is found out by asking P
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import asyncpg
 import structlog
@@ -34,10 +35,11 @@ from app.ledger import confirming, orders, payments
 from app.ledger.confirming import NewOrder, Terms
 from app.ledger.engine import passes, sqlstate_of
 from app.purchase.told import refused_json, status_json
-from app.scripts import Link, Old, Scripts
+from app.scripts import Gone, Link, MarkedEach, Old, Scripts
 from app.settings import Settings
 
 SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
+MARKS_MAX = 500  # tickets told in one call: the server answers others within a millisecond
 TRIES_MAX = 5  # Postgres changed under a batch that often: somebody else is at work, the entries stay pending
 
 CONFIRMED = Count("fairdrop_confirm_claims", "claims that got their outcome, by outcome", ["outcome"])
@@ -441,7 +443,41 @@ class Confirmer:
         return {claim.entry_id for claim in old if terms is not None and _current(terms, claim)}
 
     async def mark(self, sale: str, marks: Sequence[tuple[Claim, Told]]) -> list[Claim]:
-        """ticket_mark for each; returns those that Redis refused as OLD."""
+        """Tell every ticket what its row says; returns those that Redis refused as OLD.
+
+        Rows of this transaction are told by the hundred, one call for each item; what that call leaves alone (somebody
+        told the ticket before), and everything older, goes through ticket_mark.
+        """
+        one_by_one = [(claim, what) for claim, what in marks if what.outcome != "reserved"]
+        items: dict[tuple[int, str], list[tuple[Claim, Told]]] = defaultdict(list)
+        for claim, what in {claim.order_no: (claim, what) for claim, what in marks}.values():
+            if what.outcome == "reserved":
+                items[claim.epoch, claim.sku].append((claim, what))
+        old: list[Claim] = []
+        for (epoch, sku), fresh in items.items():
+            fresh.sort(key=lambda pair: pair[0].seq)
+            for first in range(0, len(fresh), MARKS_MAX):
+                part = fresh[first : first + MARKS_MAX]
+                tickets = [(claim.seq, what.status) for claim, what in part]
+                try:
+                    answer = await self.scripts.claims_mark(sale=sale, epoch=epoch, sku=sku, tickets=tickets)
+                except DidNotHappen:
+                    one_by_one += part  # memory is full: ticket_mark may run all the same
+                    continue
+                match answer:
+                    case MarkedEach():
+                        one_by_one += [
+                            pair for pair, done in zip(part, answer.done, strict=True) if done == "0"
+                        ]
+                    case Old():
+                        old += [claim for claim, _ in part]
+                    case Gone():
+                        pass
+                    case _:
+                        assert_never(answer)
+        return old + await self._mark_each(sale, one_by_one)
+
+    async def _mark_each(self, sale: str, marks: Sequence[tuple[Claim, Told]]) -> list[Claim]:
         answers = await asyncio.gather(
             *(
                 self.scripts.ticket_mark(

@@ -67,10 +67,16 @@ def upgrade() -> None:
         sa.Column("data", pg.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("written", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("position"),
     )
     op.create_index(
         "events_to_number", "event", ["written"], unique=False, postgresql_where=sa.text("position IS NULL")
+    )
+    op.create_index(
+        "one_event_a_position",
+        "event",
+        ["position"],
+        unique=True,
+        postgresql_where=sa.text("position IS NOT NULL"),
     )
     op.create_table(
         "idempotency",
