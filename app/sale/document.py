@@ -371,7 +371,8 @@ def _settle(
     zone: str | None = chosen("time_zone", None)
     if zone is not None and zone not in _zones():
         wrong("time_zone", "unknown_time_zone")
-        zone = "UTC"
+        zone = None
+    zone_told = bool(errors)
 
     times: dict[str, datetime] = {}
     for name in ("line_opens_at", "opens_at", "closes_at"):
@@ -379,7 +380,8 @@ def _settle(
         if text is not None:
             moment = read_time(text, zone)
             if isinstance(moment, str):
-                wrong(name, moment)
+                if not (zone_told and moment == "time_without_zone"):  # its zone is what is wrong
+                    wrong(name, moment)
             else:
                 times[name] = moment
         elif not fresh and base is not None and name not in given_names:
@@ -576,9 +578,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not allowed", None
-            )
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", None)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -1,0 +1,171 @@
+"""The operators' commands, run as a person runs them, against a running office."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.office.conftest import FIRST_KEY, Office, iso, open_office, settings_for, write_order
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+async def office(redis_url: str, database_url: str) -> Any:
+    running = await open_office(settings_for(redis_url, database_url))
+    try:
+        yield running
+    finally:
+        await running.close()
+
+
+async def fairdrop(*words: str, office: Office | None = None, said: str = "", **environment: str) -> Ran:
+    """One command of its own process."""
+    given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "COLUMNS": "160", **environment}
+    if office is not None:
+        given = {"FAIRDROP_OFFICE_URL": office.url, "FAIRDROP_OPERATOR_KEY": FIRST_KEY, **given}
+    # Only these commands: the rest of the command line is tested where it lives.
+    start = "import typer; from app import admin_cli, cli; admin_cli.register(cli.app); cli._register = lambda: None; cli.main()"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", start, *words,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=given,
+    )  # fmt: skip
+    async with asyncio.timeout(60):
+        out, err = await process.communicate(said.encode())
+    assert process.returncode is not None
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+def yaml_of(sale: str = "drop", title: str = "Drop") -> str:
+    return (
+        f"id: {sale}\ntitle: {title}\nline_opens_at: {iso(60)}\nopens_at: {iso(120)}\ncloses_at: {iso(3600)}\n"
+        "items:\n  - {sku: A, title: Thing, price_minor: 500, currency: EUR, units: 10}\n"
+    )
+
+
+async def test_a_sale_is_applied_published_paused_resumed_listed_and_closed(
+    office: Office, tmp_path: Path
+) -> None:
+    file = tmp_path / "sale.yaml"
+    file.write_text(yaml_of())
+    tried = await fairdrop("sale", "apply", str(file), "--dry-run", "--json", office=office)
+    assert (tried.status, tried.json["state"]) == (0, "draft")
+    made = await fairdrop("sale", "apply", str(file), "--json", "--reason", "autumn", office=office)
+    assert (made.status, made.json["id"], made.json["version"]) == (0, "drop", 1), made.err
+    changed = await fairdrop(
+        "sale", "apply", "-", "--publish", "--json", office=office, said=yaml_of(title="Other")
+    )
+    assert (changed.status, changed.json["title"], changed.json["state"]) == (0, "Other", "scheduled"), (
+        changed.err
+    )
+    for action, state in (("pause", "paused"), ("resume", "scheduled")):
+        turned = await fairdrop("sale", action, "drop", "--json", office=office)
+        assert (turned.status, turned.json["state"]) == (0, state), turned.err
+    again = await fairdrop("sale", "resume", "drop", office=office)
+    assert (again.status, again.out) == (1, "") and again.err.startswith("fairdrop: wrong_state:")
+    listed = await fairdrop("sale", "list", "--json", office=office)
+    assert [one["id"] for one in listed.json["data"]] == ["drop"]
+    drawn = await fairdrop("sale", "list", "--state", "scheduled", office=office)
+    assert drawn.status == 0 and "drop" in drawn.out and "scheduled" in drawn.out
+    closed = await fairdrop("sale", "close", "drop", "--idempotency-key", "k", office=office)
+    assert closed.status == 0 and "closed" in closed.out
+    repeated = await fairdrop("sale", "close", "drop", "--idempotency-key", "k", "--json", office=office)
+    assert (repeated.status, repeated.json["state"]) == (0, "closed")
+    assert [e["action"] for e in (await office.get("/v1/admin/journal")).json()["data"]].count(
+        "sale.close"
+    ) == 1
+
+
+async def test_a_document_that_does_not_hold_is_told_path_and_code(office: Office, tmp_path: Path) -> None:
+    file = tmp_path / "sale.yaml"
+    file.write_text(yaml_of().replace("EUR", "XXQ"))
+    refused = await fairdrop("sale", "apply", str(file), office=office)
+    assert refused.status == 1 and "items.0.currency: unknown_currency" in refused.err
+    for text in ("a: [", "just words", "title: x", "a: *b"):
+        file.write_text(text)
+        refused = await fairdrop("sale", "apply", str(file), office=office)
+        assert (refused.status, refused.err.count("\n")) == (2, 1), refused.err
+    missing = await fairdrop("sale", "apply", str(tmp_path / "none.yaml"), office=office)
+    assert missing.status == 2 and "cannot be read" in missing.err
+
+
+async def test_the_audit_ends_with_1_when_something_does_not_agree(office: Office) -> None:
+    await office.open_sale()
+    await write_order(office)
+    fine = await fairdrop("audit", "drop", office=office)
+    assert fine.status == 0 and "all agree" in fine.out and "units_add_up:A" in fine.out
+    await office.redis("HINCRBY", "{sale:drop}:stock", "A", -1)
+    bad = await fairdrop("audit", "drop", "--json", office=office)
+    assert bad.status == 1 and not bad.json["ok"]
+    assert [c["name"] for c in bad.json["checks"] if not c["ok"]] == ["units_add_up:A"]
+    none = await fairdrop("audit", "nothing", office=office)
+    assert none.status == 1 and none.err.startswith("fairdrop: no_such_sale:")
+
+
+async def test_keys_and_breakers(office: Office) -> None:
+    made = await fairdrop("key", "create", "Mei", "--role", "viewer", "--json", office=office)
+    assert made.status == 0, made.err
+    key, key_id = made.json["key"], made.json["id"]
+    may_not = await fairdrop("sale", "pause", "drop", office=office, FAIRDROP_OPERATOR_KEY=key)
+    assert (may_not.status, "forbidden" in may_not.err) == (2, True)
+    listed = await fairdrop("key", "list", office=office)
+    assert "Mei" in listed.out and key not in listed.out
+    assert (await fairdrop("key", "revoke", key_id, office=office)).status == 0
+    assert (await fairdrop("key", "revoke", key_id, office=office)).status == 1
+    assert (await fairdrop("sale", "list", office=office, FAIRDROP_OPERATOR_KEY=key)).status == 2
+    turned = await fairdrop("providers", "sandbox", "--breaker", "forced_open", "--json", office=office)
+    assert (turned.status, turned.json["mode"]) == (0, "forced_open")
+    shown = await fairdrop("providers", office=office)
+    assert shown.status == 0 and "forced_open" in shown.out
+    assert (await fairdrop("providers", "nobody", "--breaker", "auto", office=office)).status == 1
+    assert (await fairdrop("providers", "sandbox", office=office)).status == 2
+    assert (await fairdrop("providers", "sandbox", "--breaker", "wide", office=office)).status == 2
+
+
+async def test_no_office_no_key_and_bad_usage_are_one_sentence_and_2(tmp_path: Path) -> None:
+    nobody = await fairdrop(
+        "sale", "list", FAIRDROP_OFFICE_URL="http://127.0.0.1:1", FAIRDROP_OPERATOR_KEY="k" * 20
+    )
+    assert nobody.status == 2 and nobody.err.startswith("fairdrop: no office answers at http://127.0.0.1:1")
+    keyless = await fairdrop(
+        "sale", "list", "--data-dir", str(tmp_path), FAIRDROP_OFFICE_URL="http://127.0.0.1:1"
+    )
+    assert keyless.status == 2 and "FAIRDROP_OPERATOR_KEY" in keyless.err
+    nothing = await fairdrop("sale", "list", "--data-dir", str(tmp_path))
+    assert nothing.status == 2 and "start `fairdrop up` first" in nothing.err
+    for run in (nobody, keyless, nothing):
+        assert run.err.count("\n") == 1 and run.out == ""
+    for words in (("sale",), ("sale", "fly"), ("sale", "pause"), ("key", "create", "x", "--role", "root")):
+        assert (await fairdrop(*words)).status == 2, words
+
+
+async def test_urls_json_of_a_running_up_is_enough(office: Office, tmp_path: Path) -> None:
+    (tmp_path / "urls.json").write_text(json.dumps({"office": office.url, "operator_key": FIRST_KEY}))
+    await office.draft()
+    ran = await fairdrop("sale", "list", "--json", "--data-dir", str(tmp_path))
+    assert [one["id"] for one in ran.json["data"]] == ["drop"], ran.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("sale",), ("sale", "apply"), ("sale", "publish"), ("key", "create"), ("providers",), ("audit",)],
+)
+async def test_every_command_has_help(words: tuple[str, ...]) -> None:
+    ran = await fairdrop(*words, "--help")
+    assert ran.status == 0 and "Usage:" in ran.out
