@@ -220,6 +220,7 @@ def test_a_lease_shorter_than_the_deadline_is_refused() -> None:
         make(deadline_s=30, breaker=Rules(lease_ms=30_000))
 
 
+@pytest.mark.serial
 async def test_the_guard_costs_little_on_a_healthy_call() -> None:
     """The goal is 50 µs; 150 here, because test machines are shared. The median of rounds is what the code costs."""
     guard = Guard("cheap", "payment", GuardRules())

@@ -262,7 +262,7 @@ async def money(shop: Shop, redis_url: str, database_url: str, **changes: Any) -
     async with hook_listener(take) as url:
         values: dict[str, Any] = {
             "env": "development", "redis_url": redis_url, "database_url": database_url, "sandbox_url": shop.url,
-            "sandbox_secret": SECRET, "provider_deadline_s": 0.5, "provider_wait_max_s": 0.2, "lease_s": 3,
+            "sandbox_secret": SECRET, "provider_deadline_s": 1.0, "provider_wait_max_s": 0.2, "lease_s": 3,
             "office_url": url, "pii_keys": PII_KEY, "worker_name": f"test-{os.getpid()}",
         }  # fmt: skip
         settings = Settings(**{**values, **changes})
