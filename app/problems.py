@@ -300,6 +300,8 @@ def body_refusal(model: type[BaseModel], raw: bytes) -> Refusal:
 
 def is_json(content_type: bytes | None) -> bool:
     """application/json, with or without parameters."""
+    if content_type == b"application/json":
+        return True
     if content_type is None:
         return False
     return content_type.partition(b";")[0].strip().lower() == b"application/json"

@@ -137,7 +137,7 @@ class Door:
         """The sale as last seen. 404 `no_such_sale`; 503 `busy` while nothing recent is known."""
         view = self.snapshots.get(sale_id)
         if view is None:
-            raise refuse("no_such_sale") if self.snapshots.fresh else stale()
+            raise refuse("no_such_sale") if self.snapshots.known_absent(sale_id) else stale()
         if not self.snapshots.usable(view):
             raise stale()
         return view

@@ -152,7 +152,7 @@ class Tracker:
             raise refuse("no_such_ticket")
         view = self._snapshots.get(ticket.sale)
         if view is None:
-            raise refuse("no_such_ticket") if self._snapshots.fresh else stale()
+            raise refuse("no_such_ticket") if self._snapshots.known_absent(ticket.sale) else stale()
         if ticket.item >= len(view.order):
             raise refuse("no_such_ticket")
         return ticket, view, view.order[ticket.item]

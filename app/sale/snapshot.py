@@ -342,6 +342,9 @@ class Snapshots:
         self._task: asyncio.Task[None] | None = None
         self._warned_at = -1e9
         self._broken: set[str] = set()
+        self.lost: set[str] = (
+            set()
+        )  # sales that were here, had not ended, and are gone from Redis: they may come back
         self.looked_at = -1e9  # monotonic s of the last whole look
         self.on_tick: list[Callable[[], None]] = []
 
@@ -479,8 +482,7 @@ class Snapshots:
             sale = _pairs(replies[0])
             if not sale:
                 # A missing key means closed, never zero: nothing of it is shown as open again.
-                del self._views[sale_id]
-                self._ended.pop(sale_id, None)
+                self._lose(sale_id)
                 return
             if _int(sale.get(b"epoch")) != view.epoch or _text(sale.get(b"items")) != ",".join(view.skus):
                 del self._views[sale_id]  # another epoch: read anew in this very tick
@@ -511,6 +513,15 @@ class Snapshots:
                 self._broken.add(sale_id)
                 log.error("sale_unreadable", sale=sale_id, error=repr(error))
 
+    def _lose(self, sale_id: str) -> None:
+        del self._views[sale_id]
+        if self._ended.pop(sale_id, None) is None:
+            self.lost.add(sale_id)
+
+    def known_absent(self, sale_id: str) -> bool:
+        """Whether there is certainly no such sale: seen of late, and it was not here before Redis lost it."""
+        return self.fresh and sale_id not in self.lost
+
     async def _discover(self, known: Mapping[bytes, bytes], advice: Mapping[bytes, bytes]) -> None:
         """Read sales that are new, have a new epoch, or have ended and changed: in this very tick."""
         unseen: list[str] = []
@@ -525,8 +536,7 @@ class Snapshots:
             if sale_id not in self._views:
                 unseen.append(sale_id)
         for sale_id in [gone for gone in self._views if gone not in listed]:
-            del self._views[sale_id]
-            self._ended.pop(sale_id, None)
+            self._lose(sale_id)
         if unseen:
             heads = await self._link.pipeline(
                 [("HMGET", SaleKeys(sale_id).sale, "epoch", "items", "doc") for sale_id in unseen]
@@ -551,6 +561,7 @@ class Snapshots:
                 for view in fresh:
                     width = 3 + 2 * len(view.order)
                     self._views[view.id] = view
+                    self.lost.discard(view.id)
                     self._take(view.id, replies[at : at + width], advice, now_ms)
                     if view.looked_at < 0:
                         self._views.pop(view.id, None)

@@ -320,3 +320,41 @@ async def test_sales_that_end_are_still_shown(front: Front, shop: Shop, seen: Se
     assert (await front.http.get("/v1/sales/x")).json()["state"] == "closed"
     await asyncio.sleep(0.2)
     assert (await front.http.get("/v1/sales/x/board")).status_code == 200
+
+
+async def test_a_sale_that_redis_has_lost_is_busy_not_absent(front: Front, shop: Shop, seen: Seen) -> None:
+    """A buyer must not throw the ticket away: the sale may be rebuilt."""
+    await shop.publish(opens_in_s=60)
+    await seen()
+    ticket = (await front.join("x", "ann")).json()["ticket"]
+    await shop.link.call("FLUSHALL")
+    await until(lambda: front.app.door.snapshots.get("x") is None)
+    for answer in (
+        await front.poll(ticket),
+        await front.http.get("/v1/sales/x"),
+        await front.join("x", "ann"),
+    ):
+        assert answer.status_code == 503 and answer.json()["code"] == "busy"
+    await shop.publish(opens_in_s=60)
+    await seen()
+    assert (await front.http.get("/v1/sales/x")).status_code == 200
+
+
+async def test_bodies_without_a_length_are_bounded_too(front: Front, shop: Shop, seen: Seen) -> None:
+    await shop.publish()
+    await seen()
+    head = (
+        b"POST /v1/sales/x/%b HTTP/1.1\r\nhost: x\r\nx-buyer-id: ann\r\ncontent-type: application/json\r\n"
+        b"transfer-encoding: chunked\r\n\r\n"
+    )
+    chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
+    for path in (b"tickets", b"pass"):
+        wire = Wire(front.url)
+        answer = await wire.send(head % path + chunk * 5 + b"0\r\n\r\n")
+        assert answer.status == 413 and answer.json()["code"] == "too_large"
+        await wire.close()
+        wire = Wire(front.url)
+        good = b'{"sku":"A","units":1}' if path == b"tickets" else b'{"source":"a"}'
+        answer = await wire.send(head % path + b"%x\r\n%b\r\n0\r\n\r\n" % (len(good), good))
+        assert answer.status in (201, 202)
+        await wire.close()
