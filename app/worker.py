@@ -176,7 +176,7 @@ class Streams:
 
 @dataclass
 class ConfirmLoop:
-    """Feeds the confirmer. Entries in hand stay in hand until they are done: nothing is read while they wait."""
+    """Feeds the confirmer. Entries in hand stay in hand until they are done; a sale in trouble holds up no other."""
 
     streams: Streams
     confirmer: Confirmer
@@ -185,20 +185,26 @@ class ConfirmLoop:
     held: dict[str, list[Entry]] = field(default_factory=dict)
 
     async def turn(self) -> bool:
-        if self.held:
-            await self._confirm(careful=True)  # the last try failed, or COMMIT's answer was lost
-            return True
         begun = time.monotonic()
-        self.held = await self.streams.read(
-            list(self.admitter.watched),
+        troubled = list(self.held)
+        fresh = await self.streams.read(
+            [sale for sale in self.admitter.watched if sale not in self.held],
             self.settings.confirm_batch_max,
-            block_ms=self.settings.confirm_block_ms,
+            block_ms=0 if troubled else self.settings.confirm_block_ms,
         )
-        if not self.held:
-            # Rest only if the read itself has not waited.
-            return time.monotonic() - begun > self.settings.confirm_block_ms / 2000
-        await self._confirm(careful=False)
-        return True
+        self.held |= fresh
+        # A batch that is still held failed, or COMMIT's answer was lost: ask before writing again.
+        results = await asyncio.gather(
+            *(self._confirm(sale, careful=sale in troubled) for sale in list(self.held)),
+            return_exceptions=True,
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        if fresh or troubled:
+            return True
+        # Nothing came: rest only if the read itself has not waited.
+        return time.monotonic() - begun > self.settings.confirm_block_ms / 2000
 
     async def take_over(self) -> bool:
         """Finish what other workers left unfinished."""
@@ -216,17 +222,11 @@ class ConfirmLoop:
                 more = True
         return more
 
-    async def _confirm(self, *, careful: bool) -> None:
-        async def one(sale: str) -> None:
-            begun = time.monotonic()
-            await self.confirmer.confirm(sale, self.held[sale], careful=careful)
-            TOOK.observe(time.monotonic() - begun)
-            del self.held[sale]
-
-        results = await asyncio.gather(*(one(sale) for sale in list(self.held)), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+    async def _confirm(self, sale: str, *, careful: bool) -> None:
+        begun = time.monotonic()
+        await self.confirmer.confirm(sale, self.held[sale], careful=careful)
+        TOOK.observe(time.monotonic() - begun)
+        del self.held[sale]
 
 
 @dataclass

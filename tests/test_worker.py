@@ -17,7 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.embedded import Postgres, Valkey
-from app.keys import GROUP
+from app.keys import GROUP, SaleKeys
 from app.worker import Health, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 
@@ -205,6 +205,26 @@ async def test_redis_restarts_and_the_worker_arms_it_and_goes_on(shop: Shop, val
         await reserved(shop, 30)
         await at_rest(shop)
     assert await shop.left() == 70
+
+
+async def test_a_sale_that_postgres_does_not_know_keeps_its_claims_and_holds_up_no_other(shop: Shop) -> None:
+    await shop.publish(10)
+    ghost = SaleKeys("ghost")
+    await shop.link.call("HSET", ghost.sale, *await shop.link.call("HGETALL", shop.keys.sale))
+    await shop.link.call("XGROUP", "CREATE", ghost.orders, GROUP, "0", "MKSTREAM")
+    await shop.link.call("XGROUP", "CREATE", ghost.asks, GROUP, "0", "MKSTREAM")
+    await shop.link.call("XADD", ghost.orders, "*", "c", "1|1|A|1|1|1700000000000|eve")
+    await shop.link.call("HSET", "fairdrop:sales", "ghost", b'{"version":1,"ended":false}')
+    async with at_work(shop) as worker:
+
+        async def in_trouble() -> bool:
+            return "ghost" in worker.confirming.held
+
+        await until(in_trouble, "the ghost's claim is in hand")
+        await shop.claim("ann", "bob")
+        await reserved(shop, 2)
+        assert await shop.link.call("XLEN", ghost.orders) == 1
+        assert await shop.sql("SELECT 1 FROM dead_letter") == []
 
 
 async def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(shop: Shop) -> None:

@@ -200,7 +200,7 @@ class Confirmer:
             except _LookAgain:
                 continue
             except Exception as error:
-                if passes(error):
+                if passes(error) or isinstance(error, DidNotHappen):
                     raise
                 if sqlstate_of(error) == asyncpg.CheckViolationError.sqlstate and not lack:
                     lack = True
@@ -226,7 +226,9 @@ class Confirmer:
         """One transaction in which every claim meets what Postgres knows. lack: there are fewer units than claims."""
         terms = await confirming.terms(conn, sale, lock=lack)
         if terms is None:
-            raise ValueError(f"no sale {sale}")
+            raise DidNotHappen(
+                f"Postgres does not know the sale {sale}"
+            )  # a restored backup? the claims wait
         told = await self._before(conn, [claim.order_no for claim in claims])
         open_ = [claim for claim in claims if claim.order_no not in told]
         for claim in open_:

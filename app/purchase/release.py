@@ -417,7 +417,7 @@ async def settle_late(
     """Money came for an order that has ended: it gets its units again, or the money goes back.
 
     `kept` or `refused` runs in the transaction that decides, with the order locked; both must be guarded by the
-    state of the capture they change, for a decision may be reached twice. "later": ask again in a moment, nothing is decided.
+    state of the capture they change, for a decision may be reached twice. "later": ask again in a moment.
 
     The units: a release that no worker has begun is withdrawn, so Redis never knew. Else they are taken from Redis
     again, if nobody waits for them, before Postgres counts them as sold. A crash in between leaves them taken, and
