@@ -20,6 +20,9 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
     "units_retake": lambda stage: stage.retake(2, 9),
     "stock_add": lambda stage: stage.add(1, "t"),
     "ticket_mark": lambda stage: stage.mark(1, 9, b"r"),
+    "claims_mark": lambda stage: stage.scripts.claims_mark(
+        sale="x", epoch=stage.epoch, sku="A", tickets=[(1, b"{}")], now_ms=stage.now
+    ),
     "ask_put": lambda stage: stage.ask(1, "leave"),
     "sale_switch": lambda stage: stage.switch(9, paused=1),
     "item_switch": lambda stage: stage.scripts.item_switch(sale="x", epoch=stage.epoch, sku="A", paused=True),
