@@ -45,7 +45,7 @@ def byte_of(row: Mapping[str, Any]) -> str:
         case "expired":
             return "e"
         case "cancelled":
-            return "k"  # also when the buyer left: `left` is for tickets that waited; the reason says the rest
+            return "k"  # also when the buyer left (the reason says so): `left` is for tickets that waited
         case "refunded":
             return "f"
         case other:

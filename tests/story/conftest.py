@@ -46,7 +46,7 @@ class Town:
 
 @pytest.fixture
 async def town(running: Urls) -> AsyncIterator[Town]:
-    operator = Operator(running.office, running.operator_key)
+    operator = Operator(running.front, running.office, running.operator_key)
     clients = [operator.http]
     yield Town(running, operator, clients)
     for client in clients:
