@@ -76,7 +76,7 @@ async def test_only_good_tokens_of_the_shop_are_believed(open_door: Open, shop: 
     assert answer.status_code == 202
     answer = await front.join("x", "", Authorization=f"bearer   {token('ann', **good)}")
     assert answer.status_code == 200  # scheme in any case
-    none = jwt.encode({"sub": "eve", "exp": time.time() + 60, **good}, None, algorithm="none")
+    none = jwt.encode({"sub": "eve", "exp": time.time() + 60, **good}, "", algorithm="none")
     other = jwt.encode({"sub": "eve", "exp": int(time.time()) + 60, **good}, "y" * 40, algorithm="HS256")
     long_hash = jwt.encode(
         {"sub": "eve", "exp": int(time.time()) + 60, **good}, JWT_SECRET * 2, algorithm="HS512"

@@ -47,7 +47,7 @@ async def stream_of(front: Front, ticket: str, buyer: str | None = None) -> Asyn
 async def test_a_stream_tells_every_change_and_ends_with_the_ticket(
     front: Front, shop: Shop, seen: Seen
 ) -> None:
-    await shop.publish(opens_in_s=0.6)
+    await shop.publish(opens_in_s=60)
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]
     async with asyncio.timeout(15), stream_of(front, ticket, "ann") as stream:
@@ -57,6 +57,8 @@ async def test_a_stream_tells_every_change_and_ends_with_the_ticket(
         told = await stream.next()
         assert told is not None and told["state"] == "waiting" and told["ticket"] == ticket
         assert stream.retry_ms is not None and 1000 <= stream.retry_ms <= 4000
+
+        await shop.open_now("x")
 
         async def served() -> bool:
             return bool((await shop.advance("x")).__class__.__name__ == "Served")

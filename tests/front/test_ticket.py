@@ -34,10 +34,11 @@ async def test_waiting_in_the_draw_tells_no_rank_and_points_past_the_opening(
 
 
 async def test_polls_of_waiting_buyers_make_no_redis_call(front: Front, shop: Shop, seen: Seen) -> None:
-    await shop.publish(units=3, opens_in_s=1.0, rate_milli=5_000, burst=1)
+    await shop.publish(units=3, opens_in_s=60, rate_milli=5_000, burst=1)
     await seen()
     replies = await crowd(front.url, [join_bytes("x", f"b{number}") for number in range(20)], 10)
     joined = [reply.json() for reply in replies]
+    await shop.open_now("x")
     await until(lambda: front.app.door.snapshots.state(front.app.door.snapshots.get("x")) == "open")  # type: ignore[arg-type]
     await until(lambda: _served(shop))
     await seen(true=lambda view: view.order[0].served >= 1)
@@ -246,9 +247,10 @@ async def test_my_newest_ticket(front: Front, shop: Shop, seen: Seen) -> None:
 async def test_sold_out_and_closed_are_told_to_everyone_who_waited(
     front: Front, shop: Shop, seen: Seen
 ) -> None:
-    await shop.publish(units=2, opens_in_s=0.3)
+    await shop.publish(units=2, opens_in_s=60)
     await seen()
     tickets = [(await front.join("x", f"b{number}")).json()["ticket"] for number in range(10)]
+    await shop.open_now("x")
     await until(lambda: _served(shop))
     await seen(true=lambda view: view.order[0].dead_seq == 10)
     states = sorted([(await front.poll(ticket)).json()["state"] for ticket in tickets])
@@ -278,12 +280,12 @@ async def test_states_never_run_backwards_while_the_line_moves(
 ) -> None:
     """Each client polls its tickets through random doors, no faster than it is told to, while the line is served."""
     other = await open_door()
-    await shop.publish(units=30, opens_in_s=0.4)
+    await shop.publish(units=30, opens_in_s=60)
     await seen()
     await seen(door=other)
     replies = await crowd(front.url, [join_bytes("x", f"b{number}") for number in range(60)])
     tickets = [reply.json()["ticket"] for reply in replies]
-    await shop.switch("x", rate_milli=40_000, burst=5)
+    await shop.open_now("x", rate_milli=40_000, burst=5)
     order = {"waiting": 0, "claimed": 1, "sold_out": 1}
     going = True
 
@@ -342,7 +344,7 @@ async def test_a_bad_identity_is_401_where_it_matters(
     await seen()
     ticket = (await front.join("x", "ann")).json()["ticket"]
     await shop.mark("x", 1, b"r", version=2)
-    headers = {"Authorization": stranger.encode("latin-1")}
+    headers = {b"Authorization": stranger.encode("latin-1")}
     for method, path in (
         ("GET", f"/v1/tickets/{ticket}"),
         ("GET", f"/v1/tickets/{ticket}/events"),
