@@ -40,10 +40,8 @@ async def fairdrop(*words: str, office: Office | None = None, said: str = "", **
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "COLUMNS": "160", **environment}
     if office is not None:
         given = {"FAIRDROP_OFFICE_URL": office.url, "FAIRDROP_OPERATOR_KEY": FIRST_KEY, **given}
-    # Only these commands: the rest of the command line is tested where it lives.
-    start = "import typer; from app import admin_cli, cli; admin_cli.register(cli.app); cli._register = lambda: None; cli.main()"
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", start, *words,
+        sys.executable, "-m", "app.cli", *words,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=given,
     )  # fmt: skip
     async with asyncio.timeout(60):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
+import msgspec
 from fastapi import APIRouter, Path, Request, Response
 
-from app.problems import bounded_body, refusals
+from app.problems import bounded_body, refusals, refuse
 from app.providers.registry import Providers
 from app.purchase import pay
 
@@ -17,9 +18,8 @@ router = APIRouter(tags=["hooks"])
     "/v1/hooks/{provider}",
     responses={
         200: {"description": "the supplier's own success reply: committed", "content": {"*/*": {}}},
-        401: {"description": "signature, timestamp or merchant do not hold"},
         503: {"description": "not committed: call again"},
-        **refusals("no_such_provider", "too_large", "invalid"),
+        **refusals("hook_refused", "no_such_provider", "too_large", "invalid"),
     },
     response_class=Response,
     summary="A supplier's call-back",
@@ -31,8 +31,13 @@ async def hook(
     """Signature, timestamp, amount, currency, merchant and order number are verified on the raw bytes."""
     state = request.app.state
     raw = await bounded_body(request, pay.HOOK_BODY_MAX_BYTES)
+    if provider not in state.providers.payment:
+        raise refuse("no_such_provider")
     answer = await pay.take_hook(
         state.engine, cast(Providers, state.providers), provider, dict(request.headers), raw
     )
+    if answer.status in (401, 422):
+        why = msgspec.json.decode(answer.body, type=dict[str, Any]).get("code", "")
+        raise refuse("hook_refused" if answer.status == 401 else "invalid", extra={"why": why})
     headers = {**answer.headers, "content-type": answer.content_type}
     return Response(answer.body, status_code=answer.status, headers=headers)
