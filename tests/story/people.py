@@ -92,6 +92,15 @@ class Operator:
                 known = known + 1 if (await anyone.get(f"/v1/sales/{sale}")).status_code == 200 else 0
             await asyncio.sleep(0.01)
 
+    async def opens(self, sale: str, in_s: float) -> None:
+        """The opening may be moved until it has passed."""
+        path = f"/v1/admin/sales/{sale}"
+        etag = (await self.http.get(path)).headers["ETag"]
+        answer = await self.http.patch(
+            path, json={"opens_at": instant(time.time() + in_s)}, headers={"If-Match": etag}
+        )
+        assert answer.status_code == 200, answer.text
+
     async def closes(self, sale: str) -> None:
         await self.post(f"/v1/admin/sales/{sale}/close")
 
