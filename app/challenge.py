@@ -59,7 +59,13 @@ class Challenges:
         return hashlib.blake2b(buyer_id, key=sale.encode(), digest_size=12).hexdigest()
 
     async def weigh(
-        self, kind: str, sale: str, buyer_id: bytes, answer: dict[str, str] | None, now_ms: int, remote_ip: str | None
+        self,
+        kind: str,
+        sale: str,
+        buyer_id: bytes,
+        answer: dict[str, str] | None,
+        now_ms: int,
+        remote_ip: str | None,
     ) -> None:
         """Return if the challenge is met.
 
@@ -77,7 +83,9 @@ class Challenges:
         else:
             raise DidNotHappen(f"this release does not know the challenge {kind}")
         if not met:
-            raise self.required(kind, sale, buyer_id, now_ms, "The answer does not hold; here is a new challenge.")
+            raise self.required(
+                kind, sale, buyer_id, now_ms, "The answer does not hold; here is a new challenge."
+            )
 
     def _pow_met(self, sale: str, buyer_id: bytes, token: str, nonce: str, now_ms: int) -> bool:
         if not token or not 1 <= len(nonce) <= NONCE_MAX:
