@@ -234,7 +234,7 @@ class Settings(BaseSettings):
     )
     stripe_methods: str = Field(
         "card",
-        description="comma-separated payment methods; empty: as the Stripe dashboard says (also ones that pay days later)",
+        description="comma-separated payment methods; empty: as the dashboard says, late ones too",
     )
     stripe_url: str = Field("https://api.stripe.com", description="address of Stripe's API")
 

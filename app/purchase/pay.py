@@ -456,7 +456,12 @@ def _held(row: Row) -> tuple[str, int]:
 
 
 def _ref(row: Row) -> AttemptRef:
-    return AttemptRef(attempt_id=row["id"], order_no=row["order_no"], provider_ref=row["provider_ref"])
+    return AttemptRef(
+        attempt_id=row["id"],
+        order_no=row["order_no"],
+        provider_ref=row["provider_ref"],
+        expires_at=row["expires_at"],
+    )
 
 
 # What others ask of the money
@@ -658,9 +663,9 @@ async def take_hook(
         return _problem(404, "no_such_provider")
     if len(raw_body) > HOOK_BODY_MAX_BYTES:
         return _problem(413, "too_large")
-    hook = provider.read_hook(
-        {key.lower(): value for key, value in headers.items()}, raw_body, datetime.now(UTC)
-    )
+    lower = {key.lower(): value for key, value in headers.items()}
+    await provider.prepare_hook(lower)  # may have to fetch the key that this was signed with
+    hook = provider.read_hook(lower, raw_body, datetime.now(UTC))
     if isinstance(hook, HookForged):
         HOOKS.labels(name, hook.code).inc()
         log.warning("hook_refused", provider=name, code=hook.code)
@@ -736,7 +741,7 @@ def _problem(status: int, code: str) -> HookAnswer:
 async def send_refund(till: Till, provider: GuardedPayment, row: Row) -> None:
     """Give one leased refund's money back; its id makes it one refund however often this runs."""
     if row["state"] in ("sent", "unknown"):
-        looked = await provider.refund_query(row["id"])
+        looked = await provider.refund_query(row["id"], row["capture_ref"])
         if isinstance(looked, Done) and looked.value.state != "absent":
             await _refund_stands(till, row, looked.value.state, looked.value.provider_ref)
             return

@@ -140,6 +140,7 @@ async def send(engine: AsyncEngine, provider: GuardedSms, keys: Sequence[Sealing
             language=language,
             template=template,
             body=render(template, language, row),
+            params=values(row),
         )
     )
     match answer:
@@ -193,14 +194,19 @@ def money(amount_minor: int, currency: str) -> str:
 
 def render(template: str, language: str, row: Row) -> str:
     """The text itself, in one line. Titles are the shop's own words, cut to TITLE_MAX."""
-    return TEMPLATES[language][template].format(
-        sale=_short(row["sale_title"]),
-        item=_short(row["item_title"]),
-        units=row["units"],
-        amount=money(row["amount_minor"], row["currency"]),
-        minutes=max(1, row["pay_within_s"] // 60),
-        order_no=row["order_no"],
-    )
+    return TEMPLATES[language][template].format_map(values(row))
+
+
+def values(row: Row) -> dict[str, str]:
+    """What a text is made with; suppliers that send approved templates only are given these."""
+    return {
+        "sale": _short(row["sale_title"]),
+        "item": _short(row["item_title"]),
+        "units": str(row["units"]),
+        "amount": money(row["amount_minor"], row["currency"]),
+        "minutes": str(max(1, row["pay_within_s"] // 60)),
+        "order_no": row["order_no"],
+    }
 
 
 def _short(title: str) -> str:

@@ -93,7 +93,7 @@ def routes(paths: Mapping[tuple[str, str], Work], faults: Faults, calls: list[st
                 return fault[1]
             if fault is not None:
                 assert isinstance(fault[1], float)
-                await asyncio.sleep(fault[1])
+                await asyncio.sleep(fault[1])  # not a wait: the fault itself
             return answer
 
         return run

@@ -33,6 +33,7 @@ class AliyunApi:
         self.calls: list[str] = []
         self.faults = loopback.Faults()
         self.next_code = "OK"
+        self.url = "http://127.0.0.1:1"
 
     def app(self) -> Starlette:
         return loopback.routes({("POST", "/"): self._call}, self.faults, self.calls)
@@ -90,6 +91,7 @@ class TencentApi:
         self.faults = loopback.Faults()
         self.next_error = ""
         self.next_status = "Ok"
+        self.url = "http://127.0.0.1:1"
 
     def app(self) -> Starlette:
         return loopback.routes({("POST", "/"): self._call}, self.faults, self.calls)
@@ -152,6 +154,7 @@ class TwilioApi:
         self.calls: list[str] = []
         self.faults = loopback.Faults()
         self.next_error: tuple[int, int] | None = None
+        self.url = "http://127.0.0.1:1"
 
     def app(self) -> Starlette:
         path = f"/2010-04-01/Accounts/{self.account_sid}/Messages.json"
