@@ -56,6 +56,12 @@ class ItemBooks:
         return (self.left or 0) - free
 
     @property
+    def surely_excess(self) -> int:
+        """`excess` without units on their way: Redis may have given those to the next in line already, whose order is
+        counted in `reserved`, while the outbox row is not yet marked done; then they count twice."""
+        return max(0, self.excess - self.to_release - self.to_add)
+
+    @property
     def missing(self) -> int:
         """Units in nobody's hands. 0 at rest; above 0 while a step is half done; that undersells, never oversells."""
         return -self.excess - self.claimed
@@ -214,15 +220,16 @@ class Reconciler:
             books = await compare(self.engine, self.link, sale)
             found.append(books)
             for item in books.items:
-                EXCESS.labels(sale, item.sku).set(max(0, item.excess))
-                self._excess[sale, item.sku] = self._excess[sale, item.sku] + 1 if item.excess > 0 else 0
+                excess = item.surely_excess
+                EXCESS.labels(sale, item.sku).set(excess)
+                self._excess[sale, item.sku] = self._excess[sale, item.sku] + 1 if excess else 0
                 if self._excess[sale, item.sku] >= SURE_AFTER:
                     self._call(
                         "excess",
                         "Redis has more units to give than Postgres has free",
                         sale,
                         sku=item.sku,
-                        excess=item.excess,
+                        excess=excess,
                     )
         return found
 

@@ -7,7 +7,7 @@ import pytest
 
 from app.embedded import Valkey
 from app.ledger import orders
-from app.reconcile import compare
+from app.reconcile import ItemBooks, compare
 from app.scripts import Old, Pulsed
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
@@ -143,3 +143,10 @@ async def test_a_closed_sale_settles_when_nothing_is_left_to_happen(shop: Shop) 
     assert await shop.link.call("EXISTS", shop.keys.contact) == 0
     assert (await shop.sql("SELECT state FROM sale"))[0]["state"] == "settled"
     await shop.conserved()
+
+
+def test_a_returned_unit_that_was_sold_again_before_its_outbox_row_was_closed_alarms_nobody() -> None:
+    item = ItemBooks("A", total=1, reserved=1, sold=0, left=0, claimed=0, to_release=1, to_add=0)
+    assert (item.excess, item.surely_excess) == (1, 0)
+    lied = ItemBooks("A", total=1, reserved=1, sold=0, left=1, claimed=0, to_release=0, to_add=0)
+    assert (lied.excess, lied.surely_excess) == (1, 1)
