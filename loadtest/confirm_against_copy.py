@@ -99,7 +99,7 @@ class Bench:
     async def empty(self) -> None:
         async with self.engine.begin() as conn:
             await conn.execute(
-                text("TRUNCATE purchase_order, order_line, event, sms, payment_attempt, outbox")
+                text("TRUNCATE purchase_order, order_line, event, sms, payment_attempt, outbox CASCADE")
             )
             await conn.execute(text("UPDATE item SET reserved = 0"))
 
