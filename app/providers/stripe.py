@@ -216,10 +216,7 @@ class Stripe:
         data: Mapping[str, str] | None = None,
         key: str | None = None,
     ) -> tuple[Answer[T], bool]:
-        """The answer, and whether it is the stored one of an earlier call with the same key.
-
-        200: done. 404: Refused("absent"). 429: not done. Other 4xx: refused. 5xx: may have happened, and Stripe
-        answers the same to the same key from now on (docs.stripe.com/api/idempotent_requests)."""
+        """The answer, and whether it is the stored one of an earlier call with the same key."""
         headers = {} if key is None else {"idempotency-key": key}
         try:
             reply = await self._client.request(method, path, params=params, data=data, headers=headers)
@@ -460,6 +457,10 @@ class Stripe:
 
 
 def _answer(reply: httpx.Response, kind: type[T]) -> Answer[T]:
+    """What an answer means; a 5xx may have happened.
+
+    Stripe answers a 5xx to the same key again from now on (docs.stripe.com/api/idempotent_requests).
+    """
     status = reply.status_code
     if status == 200:
         try:
@@ -475,8 +476,8 @@ def _answer(reply: httpx.Response, kind: type[T]) -> Answer[T]:
     if status == 400 and body.type == "idempotency_error":
         return Refused("key_reused")
     match status:
-        case 404:
-            return Refused("absent")
+        case 404 if body.code == "resource_missing":
+            return Refused("absent")  # only in Stripe's own words: a proxy's 404 says nothing about a payment
         case 401 | 403:  # our key: every call will fail, so the breaker should know
             return Refused(code, other_may=True, counts=Result.FAILURE)
         case 429:  # refused before the idempotency layer: nothing was done

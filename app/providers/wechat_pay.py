@@ -597,8 +597,10 @@ def _no(reply: httpx.Response) -> NotDone | Refused | MaybeDone:
         code = msgspec.json.decode(reply.content, type=_Error).code
     except (msgspec.MsgspecError, UnicodeDecodeError):
         pass  # a proxy's page: the status alone has to do
-    if code in _ABSENT or (status == 404 and code == "http_404"):
+    if code in _ABSENT:
         return Refused("absent")
+    if code == "http_404":
+        return MaybeDone(code)  # a proxy's page says nothing about a payment
     if status == 429 or code in _NOT_NOW:
         return NotDone(code, wire.retry_after_ms(reply), Result.IGNORED)
     if status == 401 or code in _OURS:

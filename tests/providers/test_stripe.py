@@ -237,6 +237,7 @@ async def test_what_stripe_cannot_do_is_refused_before_any_call(
         (429, {"type": "invalid_request_error", "code": "rate_limit"}, NotDone("rate_limit", 2_000, Result.IGNORED)),
         (500, {"type": "api_error"}, MaybeDone("api_error")),
         (503, None, MaybeDone("http_503")),
+        (404, None, MaybeDone("http_404")),
     ],
 )  # fmt: skip
 async def test_an_error_is_not_done_refused_or_unknown(
@@ -274,6 +275,13 @@ async def test_a_wrong_key_is_told_to_the_breaker(api: StripeApi) -> None:
     answer = await adapter.query(AttemptRef(attempt_id="A-1", order_no="A", provider_ref="cs_1"))
     assert isinstance(answer, Refused) and answer.counts is Result.FAILURE and answer.other_may
     await adapter.aclose()
+
+
+async def test_a_proxys_404_is_not_a_missing_payment(api: StripeApi, stripe: Stripe) -> None:
+    link = await created(stripe)
+    for call in (stripe.query, stripe.close):
+        api.faults.refuse(Response(b"<html>not here", 404))
+        assert await call(ref(link)) == MaybeDone("http_404")
 
 
 # -- refunds and the bill

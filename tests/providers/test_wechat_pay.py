@@ -209,6 +209,7 @@ async def test_closing_decides_whether_it_can_still_be_paid(api: WechatPayApi, w
         (429, "FREQUENCY_LIMITED", NotDone("FREQUENCY_LIMITED", counts=Result.IGNORED)),
         (500, "SYSTEM_ERROR", MaybeDone("SYSTEM_ERROR")),
         (502, None, MaybeDone("http_502")),
+        (404, None, MaybeDone("http_404")),
     ],
 )
 async def test_an_error_is_not_done_refused_or_unknown(
@@ -277,6 +278,13 @@ def test_the_sdk_builds_the_same_authorization(monkeypatch: pytest.MonkeyPatch) 
     )
     fields = lambda text: sorted(text.removeprefix("WECHATPAY2-SHA256-RSA2048 ").split(","))  # noqa: E731
     assert fields(ours) == fields(theirs)
+
+
+async def test_a_proxys_404_is_not_a_missing_order(api: WechatPayApi, wechat: WechatPay) -> None:
+    await wechat.create(wanted())
+    for call in (wechat.query, wechat.close):
+        api.faults.refuse(Response(b"<html>not here", 404))
+        assert await call(ref()) == MaybeDone("http_404")
 
 
 # -- platform certificates and the public key
