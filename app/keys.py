@@ -45,7 +45,7 @@ class SaleKeys:
         return f"{self.prefix}drawn:{sku}"
 
     def left(self, sku: str) -> str:
-        """List of seqs that left while waiting: front doors follow its tail, so that `left` is shown without a poll read."""
+        """List of seqs that left while waiting: front doors follow its tail, so a poll shows `left` without a read."""
         return f"{self.prefix}left:{sku}"
 
     def rate(self, what: str, who: str) -> str:
