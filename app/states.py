@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class TicketState(StrEnum):
-    """What a buyer is told. A waiting ticket's `sold_out`, `closed` and `lapsed` are computed, not stored one by one."""
+    """What a buyer is told. A waiting ticket's `sold_out`, `closed` and `lapsed` are computed, never stored."""
 
     WAITING = "waiting"
     CLAIMED = "claimed"
