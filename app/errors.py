@@ -41,7 +41,9 @@ class Refusal(FairdropError):
         self.status = status
         self.code = code
         self.detail = detail
-        self.retry_after_s = retry_after_s if retry_after_s is not None else (1 if status in (429, 503) else None)
+        self.retry_after_s = (
+            retry_after_s if retry_after_s is not None else (1 if status in (429, 503) else None)
+        )
         self.errors = list(errors)
         self.extra = dict(extra or {})
 

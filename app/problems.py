@@ -41,7 +41,9 @@ CODES: dict[str, Code] = {
     "auth_invalid": Code(
         401, "Identity not accepted", "Get a new JWT or pass; this one is bad or has ended."
     ),
-    "hook_refused": Code(401, "Call-back refused", "`why` says what does not hold: signature, time, merchant."),
+    "hook_refused": Code(
+        401, "Call-back refused", "`why` says what does not hold: signature, time, merchant."
+    ),
     "forbidden": Code(403, "Not allowed", "This caller may not do this."),
     "audience": Code(403, "Not in the audience", "This sale is for other buyers."),
     "challenge_required": Code(
