@@ -19,6 +19,7 @@ CAPTURE_STATES = ("due", "kept", "refund_due", "refunded")
 REFUND_STATES = ("due", "sent", "unknown", "done", "failed")
 OUTBOX_KINDS = ("mark", "release", "stock_add", "stock_take", "switch")
 OUTBOX_STATES = ("due", "intent", "done", "dropped")  # intent: of the office, no relay takes it
+DELIVERY_STATES = ("due", "delivered", "failed")
 SMS_STATES = ("due", "sending", "sent", "failed", "unknown", "dropped")
 
 LIVE_ORDER = "state IN ('reserved', 'paid')"
@@ -75,6 +76,7 @@ sale = sa.Table(
     sa.Column("sold_out_at", At),
     sa.Column("closed_at", At),
     sa.Column("settled_at", At),
+    sa.Column("contacts_removed_at", At),  # settled_keep_days after settled_at
     _one_of("state", SALE_STATES, "sale_state_known"),
     sa.CheckConstraint("line_opens_at <= opens_at AND opens_at < closes_at", name="sale_times_in_order"),
     sa.CheckConstraint("limit_per_buyer >= 1", name="limit_positive"),
@@ -127,6 +129,7 @@ purchase_order = sa.Table(
     sa.Column("paid_at", At),
     sa.Column("ended_at", At),
     sa.Column("contact", BYTEA),  # sealed phone and language (AES-GCM)
+    sa.Column("phone_index", BYTEA),  # keyed hash of sale and phone: finds an order, tells nothing else
     sa.Column("leased_until", At),
     sa.Column("generation", sa.BigInteger, nullable=False, server_default="0"),
     sa.CheckConstraint("units >= 1", name="units_positive"),
@@ -148,6 +151,13 @@ sa.Index(
     purchase_order.c.sale,
     purchase_order.c.buyer_id,
     postgresql_where=sa.text(ENDED_ORDER),
+)
+# Partial: an order without a phone number costs confirm nothing.
+sa.Index(
+    "orders_of_phone",
+    purchase_order.c.sale,
+    purchase_order.c.phone_index,
+    postgresql_where=sa.text("phone_index IS NOT NULL"),
 )
 
 order_line = sa.Table(
@@ -344,9 +354,40 @@ webhook_endpoint = sa.Table(
     sa.Column("url", sa.Text, nullable=False),
     sa.Column("events", JSONB, nullable=False),
     sa.Column("secret", BYTEA, nullable=False),  # sealed (AES-GCM)
+    sa.Column("secret_before", BYTEA),  # the one that was rotated out, sealed; signs too until:
+    sa.Column("secret_before_until", At),
+    sa.Column("told_to", sa.BigInteger),  # events up to this position have their deliveries; null: none yet
+    sa.Column("disabled_at", At),
+    sa.Column("disabled_why", sa.Text),  # gone: it answered 410
     sa.Column("created_at", At, nullable=False, server_default=NOW),
     sa.Column("deleted_at", At),
 )
+
+webhook_delivery = sa.Table(
+    "webhook_delivery",
+    metadata,
+    # One event for one endpoint, until it was taken with a 2xx or nobody wants it any more.
+    sa.Column("endpoint", sa.Text, sa.ForeignKey("webhook_endpoint.id"), primary_key=True),
+    sa.Column("event", sa.Text, sa.ForeignKey("event.id"), primary_key=True),
+    sa.Column("state", sa.Text, nullable=False, server_default="due"),  # due | delivered | failed
+    sa.Column("status", sa.Integer),  # of the last answer
+    sa.Column("code", sa.Text),  # why the last try failed
+    sa.Column("created_at", At, nullable=False, server_default=NOW),
+    sa.Column("expires_at", At, nullable=False),
+    sa.Column("ended_at", At),
+    sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("next_at", At, nullable=False, server_default=NOW),
+    sa.Column("leased_until", At),
+    sa.Column("generation", sa.BigInteger, nullable=False, server_default="0"),
+    _one_of("state", DELIVERY_STATES, "delivery_state_known"),
+)
+sa.Index(
+    "deliveries_due",
+    webhook_delivery.c.endpoint,
+    webhook_delivery.c.next_at,
+    postgresql_where=sa.text("state = 'due'"),
+)
+sa.Index("deliveries_ended", webhook_delivery.c.ended_at, postgresql_where=sa.text("ended_at IS NOT NULL"))
 
 journal = sa.Table(
     "journal",
