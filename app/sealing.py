@@ -1,4 +1,5 @@
-"""Contacts (phone, language) are sealed from the first byte stored: AES-256-GCM, bound to sale and buyer.
+"""Contacts (phone, language) are sealed from the first byte stored: AES-256-GCM, bound to sale and buyer. So are the
+secrets of webhooks, bound to their endpoint.
 
 Form: b"1", key id (4 bytes), nonce (12), ciphertext and tag. The first key seals, all open; the key id is the beginning
 of the key's SHA-256, so a store can be told which key it still needs before one is retired.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import hmac
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +24,7 @@ FORMAT = b"1"
 KEY_BYTES = 32
 KEY_ID_BYTES = 4
 NONCE_BYTES = 12  # random; 2^32 contacts a key stay far from a repeat
+INDEX_BYTES = 16  # of a phone number's index: no two of any shop's buyers meet
 _HEAD = len(FORMAT) + KEY_ID_BYTES + NONCE_BYTES
 
 
@@ -60,6 +63,21 @@ def sealing_key(key: bytes) -> SealingKey:
 def contact_aad(sale: str, buyer_id: bytes | str) -> bytes:
     """What a contact is bound to: it opens for no other sale or buyer."""
     return sale.encode() + b"\0" + (buyer_id if isinstance(buyer_id, bytes) else buyer_id.encode())
+
+
+def webhook_aad(endpoint_id: str) -> bytes:
+    """What an endpoint's sealed secret is bound to."""
+    return f"webhook\0{endpoint_id}".encode()
+
+
+def phone_index(key: SealingKey, sale: str, phone: str) -> bytes:
+    """A number's blind index: finds the orders of a known number in one sale, and tells nothing without the key.
+
+    The key is derived, so that an index is never computed with what seals; bound to the sale, so that two sales'
+    tables cannot be joined by it.
+    """
+    derived = hmac.digest(key.key, b"fairdrop phone index 1", hashlib.sha256)
+    return hmac.digest(derived, f"{sale}\0{phone}".encode(), hashlib.sha256)[:INDEX_BYTES]
 
 
 def seal(keys: Sequence[SealingKey], plaintext: bytes, aad: bytes) -> bytes:

@@ -200,6 +200,25 @@ class Settings(BaseSettings):
     sms_ttl_s: int = Field(900, description="s after which an unsent SMS is dropped")
     settled_keep_days: int = Field(30, description="days contacts are kept after a sale has settled")
 
+    # telling the shop
+    webhooks_allow_private: bool = Field(
+        False, description="push webhooks to private, loopback and link-local addresses too"
+    )
+    webhook_deadline_s: float = Field(
+        15.0, gt=0, description="s; one delivery: look-up, connection, answer and all"
+    )
+    webhook_answer_max_bytes: int = Field(
+        65_536, ge=0, description="bytes read of an endpoint's answer; it is not kept"
+    )
+    webhook_concurrency: int = Field(32, ge=1, description="deliveries under way at once")
+    webhook_url_concurrency: int = Field(8, ge=1, description="deliveries to one address at once")
+    webhook_retry_first_s: float = Field(5.0, gt=0, description="s before the second try; doubles, ± 20 %")
+    webhook_retry_max_s: float = Field(14_400.0, gt=0, description="s between two tries at most")
+    webhook_retry_for_s: float = Field(
+        259_200.0, gt=0, description="s a delivery is tried again before it is given up"
+    )
+    webhook_keep_s: float = Field(604_800.0, gt=0, description="s the record of an ended delivery is kept")
+
     # suppliers
     payment_provider: str = Field("sandbox", description="payment supplier")
     sms_provider: str = Field("sandbox", description="SMS supplier")

@@ -1,4 +1,4 @@
-"""The worker: admit, confirm, release, pay, tell, reconcile; each a loop that outlives the outages of what it needs.
+"""The worker: admit, confirm, release, pay, tell, push, reconcile; loops that outlive the outages of what they need.
 
 One TaskGroup. SIGTERM: stop taking, finish what is in hand, acknowledge it, exit; what another worker's death left
 behind is taken over with XAUTOCLAIM. Admit runs without Postgres, and without a Redis nothing runs but the probes.
@@ -42,6 +42,7 @@ from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler
 from app.scripts import Link, Scripts
 from app.settings import Settings
+from app.shop import push
 from app.telemetry import Metrics
 
 BACKOFF_S = 0.1  # after the first failure of a loop; doubles
@@ -346,6 +347,7 @@ class Worker:
                 for name, work in (
                     ("pay", lambda: pay.run(self.engine, self.scripts, self.providers, s, self.stopping)),
                     ("tell", lambda: tell.run(self.engine, self.providers, s, self.stopping)),
+                    ("push", lambda: push.run(self.engine, s, self.stopping)),
                     ("providers", lambda: published.run(self.link, self.providers, s, self.stopping)),
                 ):
                     loop(name, work, 0.1)

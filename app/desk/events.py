@@ -20,6 +20,7 @@ from app.desk.shapes import (
     EventOut,
     Limit,
     NewEndpointOut,
+    Out,
     Page,
     endpoint_out,
     event_out,
@@ -28,15 +29,20 @@ from app.desk.shapes import (
     read_cursor,
 )
 from app.desk.wiring import TheDesk, reading
-from app.ledger import events, operators
+from app.errors import Refusal
+from app.ledger import deliveries, events, operators
 from app.problems import JsonRoute, refusals, refuse
 from app.sale.document import SALE_ID, Line, is_web_address
+from app.sealing import webhook_aad
 
 router = APIRouter(tags=["events"], route_class=JsonRoute)
 EVENTS, WEBHOOKS = "/v1/admin/events", "/v1/admin/webhooks"
 ENDPOINTS_MAX = 20  # each event is pushed to each of them
 URL_MAX = 2_000  # characters
 NUMBER_MAX = 10_000  # events numbered by one look
+OVERLAP_DEFAULT_S = 86_400  # a day to bring the new secret to every server of the shop
+OVERLAP_MAX_S = 604_800
+REPLAY_MAX = 100_000  # events made due again by one call
 
 EventType = Literal[
     "order.reserved", "order.paid", "order.expired", "order.cancelled", "order.refunded", "sale.published",
@@ -132,11 +138,6 @@ async def create(body: EndpointIn, post: AdminPosts) -> Response:
     return await post.once(effect, body)
 
 
-def webhook_aad(endpoint_id: str) -> bytes:
-    """What an endpoint's sealed secret is bound to."""
-    return f"webhook\0{endpoint_id}".encode()
-
-
 @router.get(
     WEBHOOKS,
     response_model=Page[EndpointOut],
@@ -157,6 +158,128 @@ async def list_endpoints(
     }
 
 
+class RotateIn(Body):
+    overlap_s: int = Field(
+        OVERLAP_DEFAULT_S,
+        ge=0,
+        le=OVERLAP_MAX_S,
+        description="s in which deliveries are signed with the old secret too; 0: it has leaked",
+    )
+
+
+WRITE = refusals(
+    "malformed", "auth_missing", "forbidden", "no_such_webhook", "key_reused", "too_large", "not_json", "invalid",
+    "busy",
+)  # fmt: skip
+EndpointPath = Annotated[str, Path(pattern=r"^[a-z0-9_]{1,64}$", examples=["wh_3f0c9a5e3f0c9a5e"])]
+
+
+@router.post(
+    WEBHOOKS + "/{endpoint_id}/rotate",
+    response_model=NewEndpointOut,
+    responses=WRITE,
+    summary="Sign with a new secret; for a while with the old one too",
+)
+async def rotate(endpoint_id: EndpointPath, post: AdminPosts, body: RotateIn | None = None) -> Response:
+    desk, wanted = post.desk, body or RotateIn()
+
+    async def effect(change: Change) -> Answer:
+        plain = secrets.token_bytes(32)
+        sealed = sealing.seal(desk.seal_keys, plain, webhook_aad(endpoint_id))
+        async with change.step() as conn:
+            rotated = await operators.rotate_secret(conn, endpoint_id, sealed, wanted.overlap_s)
+            if rotated is None:
+                raise refuse("no_such_webhook")
+            secret = {"secret": "whsec_" + b64encode(plain).decode()}
+            return await change.done(
+                Answer(200, endpoint_out(rotated), secret=secret),
+                "webhook.rotate",
+                detail={"id": endpoint_id, "overlap_s": wanted.overlap_s},
+            )
+
+    return await post.once(effect, body)
+
+
+class ReplayIn(Body):
+    after: Annotated[Line, StringConstraints(max_length=512)] = Field(
+        description="a time (from then on), or a cursor of the feed (behind it)",
+        examples=["2026-11-11T00:00:00+08:00"],
+    )
+    until: Annotated[Line, StringConstraints(max_length=64)] | None = Field(
+        None, description="a time (before it); null: everything since"
+    )
+
+
+class ReplayOut(Out):
+    id: str
+    replayed: int = Field(description="events that are due for this endpoint again")
+
+
+@router.post(
+    WEBHOOKS + "/{endpoint_id}/replay",
+    status_code=202,
+    response_model=ReplayOut,
+    responses={**WRITE, **refusals("wrong_state", "key_reused")},
+    summary="Push events of the past again",
+)
+async def replay(endpoint_id: EndpointPath, body: ReplayIn, post: AdminPosts) -> Response:
+    """Whatever became of them before: the shop knows an event it has had by its `webhook-id`."""
+    desk = post.desk
+    at = _instant(body.after)
+    behind = desk.ring.cursor_read("events", body.after) if at is None else None
+    if at is None and behind is None:
+        raise _not_a_time("after")
+    until = None if body.until is None else _instant(body.until)
+    if body.until is not None and until is None:
+        raise _not_a_time("until")
+
+    async def effect(change: Change) -> Answer:
+        async with change.step() as conn:
+            known = await operators.endpoint(conn, endpoint_id)
+            if known is None:
+                raise refuse("no_such_webhook")
+            if known.disabled_at is not None:
+                raise refuse(
+                    "wrong_state", "The endpoint is disabled; delete it, and make and replay a new one."
+                )
+            count = await deliveries.replay(
+                conn,
+                endpoint_id,
+                after=at,
+                after_position=None if behind is None else int(behind[0]),
+                until=until,
+                keep_trying_s=desk.settings.webhook_retry_for_s,
+                limit=REPLAY_MAX,
+            )
+            if count is None:
+                raise refuse(
+                    "invalid",
+                    f"That is more than {REPLAY_MAX} events: name an earlier `until`.",
+                    errors=[{"path": "until", "code": "too_many"}],
+                )
+            detail = {"id": endpoint_id, "after": body.after, "until": body.until, "replayed": count}
+            return await change.done(
+                Answer(202, {"id": endpoint_id, "replayed": count}), "webhook.replay", detail=detail
+            )
+
+    return await post.once(effect, body)
+
+
+def _instant(text: str) -> datetime | None:
+    """A time with its offset; None: it is none."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else None
+
+
+def _not_a_time(name: str) -> Refusal:
+    return refuse(
+        "invalid", "A time has an offset, or Z.", errors=[{"path": name, "code": "time_without_zone"}]
+    )
+
+
 @router.delete(
     WEBHOOKS + "/{endpoint_id}",
     status_code=204,
@@ -164,9 +287,7 @@ async def list_endpoints(
     responses=refusals("auth_missing", "forbidden", "no_such_webhook", "invalid", "busy"),
     summary="Tell an address no more",
 )
-async def delete(
-    endpoint_id: Annotated[str, Path(pattern=r"^[a-z0-9_]{1,64}$")], edit: AdminEdits
-) -> Response:
+async def delete(endpoint_id: EndpointPath, edit: AdminEdits) -> Response:
     async def effect(change: Change) -> Answer:
         async with change.step() as conn:
             ended = await operators.delete_endpoint(conn, endpoint_id)

@@ -301,6 +301,11 @@ class EndpointOut(Out):
     url: str
     events: list[str]
     created_at: When
+    secret_before_until: When | None = Field(
+        None, description="until when deliveries are signed with the secret before the last rotation too"
+    )
+    disabled_at: When | None = Field(None, description="told no more since then")
+    disabled_why: str | None = Field(None, description="`gone`: the address answered 410")
 
 
 class NewEndpointOut(EndpointOut):
@@ -313,6 +318,9 @@ def endpoint_out(endpoint: Endpoint) -> dict[str, Any]:
         "url": endpoint.url,
         "events": endpoint.events,
         "created_at": format_time(endpoint.created_at),
+        "secret_before_until": format_time(endpoint.secret_before_until),
+        "disabled_at": format_time(endpoint.disabled_at),
+        "disabled_why": endpoint.disabled_why,
     }
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.ledger.tables import operator_key, webhook_endpoint
+from app.ledger.tables import event, operator_key, webhook_endpoint
 
 Role = Literal["viewer", "operator", "admin"]
 ROLES: tuple[Role, ...] = ("viewer", "operator", "admin")  # each may do what the one before may
@@ -38,10 +38,16 @@ class Endpoint:
     url: str
     events: list[str]
     created_at: datetime
+    secret_before_until: datetime | None = None  # until when the secret before signs too
+    disabled_at: datetime | None = None
+    disabled_why: str | None = None
 
 
 _KEY = [operator_key.c[name] for name in ("id", "name", "role", "created_at", "revoked_at")]
-_ENDPOINT = [webhook_endpoint.c[name] for name in ("id", "url", "events", "created_at")]
+_ENDPOINT = [
+    webhook_endpoint.c[name]
+    for name in ("id", "url", "events", "created_at", "secret_before_until", "disabled_at", "disabled_why")
+]
 
 
 def key_hash(key: str) -> bytes:
@@ -119,8 +125,10 @@ async def count_endpoints(conn: AsyncConnection) -> int:
 async def insert_endpoint(
     conn: AsyncConnection, endpoint_id: str, url: str, events: Sequence[str], sealed_secret: bytes
 ) -> Endpoint:
+    """A new endpoint is told what the feed shows from now on."""
+    newest = sa.select(sa.func.coalesce(sa.func.max(event.c.position), 0)).scalar_subquery()
     statement = insert(webhook_endpoint).values(
-        id=endpoint_id, url=url, events=list(events), secret=sealed_secret
+        id=endpoint_id, url=url, events=list(events), secret=sealed_secret, told_to=newest
     )
     return Endpoint(**(await conn.execute(statement.returning(*_ENDPOINT))).mappings().one())
 
@@ -134,6 +142,32 @@ async def endpoints(
     if after is not None:
         query = query.where(sa.tuple_(c.created_at, c.id) > after)
     return [Endpoint(**row) for row in (await conn.execute(query)).mappings()]
+
+
+async def endpoint(conn: AsyncConnection, endpoint_id: str) -> Endpoint | None:
+    c = webhook_endpoint.c
+    query = sa.select(*_ENDPOINT).where(c.id == endpoint_id, c.deleted_at.is_(None))
+    row = (await conn.execute(query)).mappings().first()
+    return None if row is None else Endpoint(**row)
+
+
+async def rotate_secret(
+    conn: AsyncConnection, endpoint_id: str, sealed_secret: bytes, overlap_s: int
+) -> Endpoint | None:
+    """Sign with a new secret from now on, and with the one before too for `overlap_s`. None: no such endpoint."""
+    c = webhook_endpoint.c
+    statement = (
+        sa.update(webhook_endpoint)
+        .where(c.id == endpoint_id, c.deleted_at.is_(None))
+        .values(
+            secret=sealed_secret,
+            secret_before=c.secret,
+            secret_before_until=sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, float(overlap_s)),
+        )
+        .returning(*_ENDPOINT)
+    )
+    row = (await conn.execute(statement)).mappings().first()
+    return None if row is None else Endpoint(**row)
 
 
 async def delete_endpoint(conn: AsyncConnection, endpoint_id: str) -> Endpoint | None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from app import sealing
-from app.desk.events import webhook_aad
 from app.ledger import events
+from app.sealing import webhook_aad
 from tests.office.conftest import Office
 
 
