@@ -49,7 +49,7 @@ async def test_an_event_that_is_committed_late_is_never_skipped(office: Office) 
     async def write(n: int) -> None:
         async with office.desk.engine.begin() as conn:
             await events.put(conn, "order.reserved", "drop", n, {"n": n}, f"order-{n}")
-            await asyncio.sleep((n * 7 % 10) / 50)
+            await asyncio.sleep((n * 7 % 10) / 50)  # not a wait: it makes them commit in another order
 
     async def read() -> None:
         cursor: dict[str, Any] = {}
