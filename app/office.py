@@ -61,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-office")
     engine = create_engine(settings, name="fairdrop-office")
     desk = Desk(settings, engine, link, Scripts(link), ring, seal_keys)
-    desk.watch = Watch(desk)
+    watch = Watch(desk)
     suppliers = open_providers(settings)
 
     @contextlib.asynccontextmanager
@@ -72,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         hook_server = HookServer(hooks_app(desk, app), settings) if settings.hooks_port else None
         tasks = [
             asyncio.create_task(tender.run(), name="tend"),
-            asyncio.create_task(desk.watch.run(), name="watch"),
+            asyncio.create_task(watch.run(), name="watch"),
         ]
         if hook_server is not None:
             hook_server.start()
@@ -101,6 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.desk = desk
+    app.state.watch = watch
     app.state.metrics = Metrics(settings)
     app.state.draining = False
     _answer_problems(app)

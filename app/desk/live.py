@@ -8,10 +8,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
@@ -192,6 +192,14 @@ class Watch:
             watched.audited_at, watched.audit_task = time.monotonic(), None
 
 
+def watch_of(request: Request) -> Watch:
+    watch: Watch = request.app.state.watch
+    return watch
+
+
+TheWatch = Annotated[Watch, Depends(watch_of)]
+
+
 def state_word(sale: Sale, now_ms: int, units_left: int) -> str:
     """The state that people see: by the clock and the stock where the operator's word leaves it open."""
     if sale.state in ("closed", "settled", "draft"):
@@ -326,10 +334,10 @@ READ = refusals("auth_missing", "no_such_sale", "not_published", "invalid", "bus
 
 
 @router.get(OF_SALE + "/live", response_model=LiveOut, responses=READ, summary="How a sale is doing")
-async def live(sale: SalePath, desk: TheDesk, operator: Viewer, response: Response) -> dict[str, Any]:
+async def live(sale: SalePath, watch: TheWatch, operator: Viewer, response: Response) -> dict[str, Any]:
     """One document, at most a second old. `…/live/events` streams the same."""
     response.headers["Cache-Control"] = "no-store"
-    return await desk.watch.document(sale)
+    return await watch.document(sale)
 
 
 @router.get(
@@ -338,13 +346,13 @@ async def live(sale: SalePath, desk: TheDesk, operator: Viewer, response: Respon
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **READ},
     summary="The same once a second (Server-Sent Events, event `live`)",
 )
-async def live_events(sale: SalePath, desk: TheDesk, operator: Viewer) -> Response:
-    if desk.watch.streams >= STREAMS_MAX or desk.draining:
+async def live_events(sale: SalePath, desk: TheDesk, watch: TheWatch, operator: Viewer) -> Response:
+    if watch.streams >= STREAMS_MAX or desk.draining:
         raise refuse("busy", "Too many streams; poll instead.", retry_after_s=5)
-    first = await desk.watch.document(sale)
+    first = await watch.document(sale)
 
     async def stream() -> AsyncIterator[bytes]:
-        desk.watch.streams += 1
+        watch.streams += 1
         checked_at = time.monotonic()
         document: dict[str, Any] | None = first
         try:
@@ -361,11 +369,11 @@ async def live_events(sale: SalePath, desk: TheDesk, operator: Viewer) -> Respon
                             return
                     checked_at = time.monotonic()
                 try:
-                    document = await desk.watch.document(sale)
+                    document = await watch.document(sale)
                 except (DidNotHappen, Unknown):
                     document = None
         finally:
-            desk.watch.streams -= 1
+            watch.streams -= 1
 
     return StreamingResponse(
         stream(),

@@ -17,7 +17,6 @@ from app.settings import Settings
 from app.tokens import Keyring
 
 if TYPE_CHECKING:
-    from app.desk.live import Watch
     from app.scripts import Link, Scripts
 
 
@@ -44,7 +43,7 @@ class Turns:
 
 @dataclass
 class Desk:
-    """Stores, keys and watches of one office process."""
+    """Stores and keys of one office process."""
 
     settings: Settings
     engine: AsyncEngine
@@ -52,7 +51,6 @@ class Desk:
     scripts: Scripts
     ring: Keyring
     seal_keys: list[SealingKey]
-    watch: Watch = field(init=False)
     turns: Turns = field(default_factory=Turns)
     draining: bool = False
 

@@ -75,7 +75,7 @@ async def test_the_stream_tells_once_a_second_and_ends_with_the_key(office: Offi
     await office.open_sale()
     made = (await office.post("/v1/admin/keys", {"name": "v", "role": "viewer"})).json()
     watching = asyncio.create_task(stream(office, made["key"], 20))
-    await until(lambda: office.desk.watch.streams == 1)
+    await until(lambda: office.app.state.watch.streams == 1)
     await office.post("/v1/admin/sales/drop/pause")
     began = time.monotonic()
     await office.delete(f"/v1/admin/keys/{made['id']}")
@@ -84,7 +84,7 @@ async def test_the_stream_tells_once_a_second_and_ends_with_the_key(office: Offi
     states = [doc["state"] for doc in sse(said)]
     assert states[0] == "open" and states[-1] == "paused" and 3 <= len(states) <= 12
     assert said.startswith("retry: ") and "event: live" in said
-    await until(lambda: office.desk.watch.streams == 0)
+    await until(lambda: office.app.state.watch.streams == 0)
 
 
 async def test_draining_says_so_serves_on_and_ends_streams(office: Office) -> None:
@@ -95,7 +95,7 @@ async def test_draining_says_so_serves_on_and_ends_streams(office: Office) -> No
         "durability": "local",
     }
     watching = asyncio.create_task(stream(office, FIRST_KEY, 20))
-    await until(lambda: office.desk.watch.streams == 1)
+    await until(lambda: office.app.state.watch.streams == 1)
     office.app.drain()  # type: ignore[attr-defined]
     ready = await office.get("/readyz", key=None)
     assert (ready.status_code, ready.json()["code"]) == (503, "draining") and ready.headers["retry-after"]
