@@ -145,10 +145,9 @@ def sandbox(host: Host = None, port: Port = None, fd: Fd = None) -> None:
 
 
 def _logging(settings: Settings, process: str) -> None:
-    from app.telemetry import configure_logging, start_tracing
+    from app.telemetry import configure_logging
 
     configure_logging(settings, process)
-    start_tracing(settings, process)
 
 
 @app.command()
@@ -174,6 +173,59 @@ def migrate(
         raise typer.Exit(1 if missing else 0)
     migrations.upgrade(database_url)
     print("up to date" if not missing else f"{len(missing)} run, up to date")
+
+
+@app.command("rotate-keys")
+def rotate_keys(
+    data_dir: DataDir = None,
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Orders in one transaction.")] = 500,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Seal contacts and webhook secrets with the first of FAIRDROP_PII_KEYS, and index phone numbers by it.
+
+    Put the new key in front of the old one, restart every process, run this; it may be stopped and run again. Keep the
+    old key until the sales then open have settled (contacts of waiting buyers are in Redis) and for 7 days (answers
+    kept for their Idempotency-Key). Exit status 1: something could not be opened with any key given.
+    """
+    import asyncio
+    import json
+
+    from app import contacts
+    from app.ledger.engine import create_engine
+    from app.sealing import sealing_keys
+
+    settings = _settings(data_dir=data_dir)
+    keys_text, database_url = settings.pii_keys.get_secret_value(), settings.database_url
+    if not database_url:
+        from app.supervisor import read_urls
+
+        database_url = str(read_urls(settings.data_dir)["database"])
+    if not keys_text:
+        from app.supervisor import made_secrets
+
+        file = made_secrets(settings.data_dir).get("pii_keys")
+        if file is None:
+            raise CannotStart("FAIRDROP_PII_KEYS is missing: there is nothing to seal with")
+        keys_text = file.read_text(encoding="ascii").strip()
+    keys = sealing_keys(keys_text)
+
+    async def run() -> contacts.Resealed:
+        engine = create_engine(settings.model_copy(update={"database_url": database_url}), name="rotate-keys")
+        try:
+            return await contacts.reseal(engine, keys, batch=batch)
+        finally:
+            await engine.dispose()
+
+    done = asyncio.run(run())
+    newest = keys[0].id.hex()
+    if as_json:
+        found = {name: getattr(done, name) for name in ("contacts", "secrets", "cannot_open")}
+        print(json.dumps({"key": newest, **found}))
+    else:
+        print(
+            f"key {newest}: sealed {done.contacts} contacts, {done.secrets} secrets; not opened {done.cannot_open}"
+        )
+    raise typer.Exit(1 if done.cannot_open else 0)
 
 
 @app.command()
@@ -213,7 +265,7 @@ def token(
 
 
 # A command starts faster when those that it is not are left alone.
-OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token")
+OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token", "rotate-keys")
 
 
 def _register(wanted: str) -> None:

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.contacts import indexes_of
 from app.desk.auth import Viewer
 from app.desk.change import Answer, Body, Change, OperatorPosts
 from app.desk.sales import CancelAllIn, found
@@ -49,6 +50,14 @@ CSV_COLUMNS = (
 
 OrderPath = Annotated[str, Path(pattern=r"^[0-9A-Z]{20,26}$", examples=["4K1RGVQ0M5T8C2N7PA9D3E6F"])]
 StateQuery = Annotated[OrderState | None, Query()]
+# A plus that was not written as %2B arrives as a space.
+PhoneQuery = Annotated[
+    str | None,
+    Query(
+        pattern=r"^[+ ][1-9][0-9]{6,14}$",
+        description="E.164, `+` as `%2B`: only the orders of this number (role operator); found by a keyed hash",
+    ),
+]
 READ = refusals("auth_missing", "no_such_sale", "invalid", "busy")
 WRITE = refusals(
     "malformed", "auth_missing", "forbidden", "key_reused", "too_large", "not_json", "invalid", "busy"
@@ -58,7 +67,7 @@ WRITE = refusals(
 @router.get(
     OF_SALE,
     response_model=Page[OrderOut],
-    responses=READ,
+    responses={**READ, **refusals("forbidden", "no_such_sale")},
     summary="Orders of a sale, in the order of the line",
 )
 async def list_orders(
@@ -66,15 +75,19 @@ async def list_orders(
     desk: TheDesk,
     operator: Viewer,
     state: StateQuery = None,
+    phone: PhoneQuery = None,
     limit: Limit = LIMIT_DEFAULT,
     cursor: Cursor = None,
 ) -> dict[str, Any]:
+    if phone is not None and not operator.may("operator"):
+        raise refuse("forbidden", "Looking a number up needs the role operator.")
+    numbers = None if phone is None else indexes_of(desk.seal_keys, sale, "+" + phone[1:])
     kind = f"orders:{sale}"
     behind = read_cursor(desk.ring, kind, cursor)
     after = None if behind is None else (str(behind[0]), int(behind[1]), int(behind[2]))
     async with reading(desk) as conn:
         await found(conn, sale)
-        rows = await orders.page(conn, sale, state, after, limit)
+        rows = await orders.page(conn, sale, state, after, limit, numbers)
     last = [rows[-1]["sku"], rows[-1]["epoch"], rows[-1]["seq"]] if rows else None
     return {
         "data": [order_out(row) for row in rows],

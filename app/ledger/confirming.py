@@ -20,7 +20,7 @@ from app.ledger import outbox
 
 _ORDER = (
     "order_no", "sale", "sku", "buyer_id", "epoch", "seq", "units", "amount_minor", "currency", "state",
-    "claimed_at", "pay_within_s", "contact",
+    "claimed_at", "pay_within_s", "contact", "phone_index",
 )  # fmt: skip
 _LINE = ("order_no", "line_no", "kind", "sku", "title", "units", "unit_minor", "amount_minor")
 _EVENT = ("id", "type", "sale", "order_no", "version", "data")
@@ -64,6 +64,7 @@ class NewOrder(NamedTuple):
     claimed_at: datetime
     pay_within_s: int
     contact: bytes | None
+    phone_index: bytes | None = None
 
 
 async def terms(conn: AsyncConnection, sale: str, *, lock: bool = False) -> Terms | None:
@@ -122,6 +123,7 @@ async def insert_orders(conn: AsyncConnection, orders: Sequence[NewOrder]) -> se
         "text",
         "timestamptz",
         "int",
+        "bytea",
         "bytea",
     )
     arrays = ", ".join(f"CAST(:c{at} AS {kind}[])" for at, kind in enumerate(kinds))

@@ -139,16 +139,29 @@ async def contacts_of_ended(conn: AsyncConnection, sale: str, buyers: Sequence[s
 
 
 async def page(
-    conn: AsyncConnection, sale: str, state: str | None, after: tuple[str, int, int] | None, limit: int
+    conn: AsyncConnection,
+    sale: str,
+    state: str | None,
+    after: tuple[str, int, int] | None,
+    limit: int,
+    phone_indexes: Sequence[bytes] | None = None,
 ) -> list[Row]:
-    """Orders of a sale by (sku, epoch, seq), behind `after`: the cursor of lists and CSV."""
+    """Orders of a sale by (sku, epoch, seq), behind `after`: the cursor of lists and CSV.
+
+    phone_indexes: only those of a number, by its blind index under each key (app/contacts.py).
+    """
+    given: dict[str, Any] = {"sale": sale, "state": state, "limit": limit}
+    of_number = ""
+    if phone_indexes is not None:
+        # In the text only when it is asked for: the planner then takes the index over numbers.
+        of_number, given["numbers"] = " AND phone_index = ANY(CAST(:numbers AS bytea[]))", list(phone_indexes)
     sku, epoch, seq = after or ("", 0, 0)
     found = await conn.execute(
         text(
             f"SELECT {COLUMNS} FROM purchase_order WHERE sale = :sale AND (sku, epoch, seq) > (:sku, :epoch, :seq)"
-            " AND (CAST(:state AS text) IS NULL OR state = :state) ORDER BY sku, epoch, seq LIMIT :limit"
+            f"{of_number} AND (CAST(:state AS text) IS NULL OR state = :state) ORDER BY sku, epoch, seq LIMIT :limit"
         ),
-        {"sale": sale, "sku": sku, "epoch": epoch, "seq": seq, "state": state, "limit": limit},
+        {**given, "sku": sku, "epoch": epoch, "seq": seq},
     )
     return [dict(row) for row in found.mappings()]
 

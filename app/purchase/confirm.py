@@ -29,6 +29,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
+from app.contacts import index_of
 from app.errors import DidNotHappen
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, orders, payments
@@ -36,6 +37,7 @@ from app.ledger.confirming import NewOrder, Terms
 from app.ledger.engine import passes, sqlstate_of
 from app.purchase.told import refused_json, status_json
 from app.scripts import Gone, Link, MarkedEach, Old, Scripts
+from app.sealing import sealing_keys
 from app.settings import Settings
 
 SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
@@ -115,6 +117,9 @@ class Confirmer:
     link: Link
     scripts: Scripts
     settings: Settings
+
+    def __post_init__(self) -> None:
+        self._keys = sealing_keys(self.settings.pii_keys.get_secret_value())
 
     async def confirm(self, sale: str, entries: Iterable[Entry], *, careful: bool = False) -> int:
         """Give every entry its outcome and take it off the stream. Returns how many entries are done.
@@ -324,6 +329,7 @@ class Confirmer:
         for claim in claims:
             item = terms.items[claim.sku]
             buyer_id = claim.buyer_id
+            contact = contacts.get(claim.buyer) or known.get(buyer_id)
             new.append(
                 NewOrder(
                     claim.order_no,
@@ -338,7 +344,8 @@ class Confirmer:
                     "reserved",
                     datetime.fromtimestamp(claim.claimed_ms / 1000, UTC),
                     terms.pay_within_s,
-                    contacts.get(claim.buyer) or known.get(buyer_id),
+                    contact,
+                    None if contact is None else index_of(self._keys, contact, sale, buyer_id),
                 )
             )
         return new
