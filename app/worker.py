@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from app.alarm import alert
+from app.contacts import remove_old
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
@@ -52,6 +53,7 @@ EVENTS_EVERY_S = 0.2  # between two numbering steps: how stale the shop's feed m
 EVENTS_MAX = 2_000
 COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
 SETTLE_EVERY_S = 2.0
+CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
 PROBES_BACKLOG = 64
 READY_WITHIN_S = 1.0  # a probe's look at Postgres
@@ -344,6 +346,7 @@ class Worker:
                 loop("pulse", self.reconciler.pulse, s.pulse_every_s)
                 loop("reconcile", self.reconciler.compare_all, s.reconcile_every_s)
                 loop("settle", self.reconciler.settle, SETTLE_EVERY_S)
+                loop("contacts", lambda: remove_old(self.engine, s.settled_keep_days), CONTACTS_EVERY_S)
                 for name, work in (
                     ("pay", lambda: pay.run(self.engine, self.scripts, self.providers, s, self.stopping)),
                     ("tell", lambda: tell.run(self.engine, self.providers, s, self.stopping)),
