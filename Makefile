@@ -1,5 +1,5 @@
 # `make` or `make help` lists what there is. Needs Python 3.11+ as python3 (or PYTHON=...), nothing else: the first target
-# that needs it makes .venv/ from requirements.lock; everything is installed there.
+# that needs it makes .venv/ from requirements.lock (what runs) and requirements-dev.lock (what checks and tests).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,6 +9,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 MADE := .venv/.made-by-make
+MADE_DEV := .venv/.made-for-tests
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n < 2 ? 2 : n > 6 ? 6 : n )))
 ARGS ?=
 TESTS ?= tests
@@ -28,8 +30,15 @@ $(MADE): requirements.lock pyproject.toml
 		|| { echo "fairdrop needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; \
 	echo "making .venv from requirements.lock (once) ..."; \
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	$(PIP) -r requirements.lock; \
+	$(PIP) --no-deps --no-build-isolation -e .; \
+	touch $@
+
+# --no-compile: one supplier's SDK alone has 179 MB of generated classes that no test imports.
+$(MADE_DEV): requirements-dev.lock $(MADE)
+	@exec 1>&2; \
+	echo "adding what checks and tests need from requirements-dev.lock (once) ..."; \
+	$(PIP) --no-compile -r requirements-dev.lock; \
 	touch $@
 
 .PHONY: demo
@@ -41,11 +50,11 @@ up: $(MADE) ## run stores, front, office, worker and sandbox until Ctrl-C
 	@$(BIN)/fairdrop up $(ARGS)
 
 .PHONY: load
-load: $(MADE) ## reproduce a peak with Locust, short and headless, with a verdict from the audit
+load: $(MADE_DEV) ## reproduce a peak with Locust, short and headless, with a verdict from the audit
 	@$(BIN)/python -m loadtest.run $(ARGS)
 
 .PHONY: check
-check: $(MADE) ## static checks only: ruff, format, mypy --strict, import rules, house rules
+check: $(MADE_DEV) ## static checks only: ruff, format, mypy --strict, import rules, house rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy app
@@ -53,7 +62,7 @@ check: $(MADE) ## static checks only: ruff, format, mypy --strict, import rules,
 	$(BIN)/pytest -q -p no:randomly tests/test_house_rules.py
 
 .PHONY: pytest
-pytest: $(MADE) ## tests only; TESTS="..." chooses
+pytest: $(MADE_DEV) ## tests only; TESTS="..." chooses
 	$(BIN)/pytest $(TESTS)
 
 # Two parts: what measures or needs every processor runs alone, afterwards. Status 5 means that there is none.
@@ -63,14 +72,16 @@ test: check ## everything that has to hold: static checks, then all tests, in pa
 	$(BIN)/pytest -q -m serial $(TESTS) || test $$? -eq 5
 
 .PHONY: format
-format: $(MADE) ## let ruff put the code in form
+format: $(MADE_DEV) ## let ruff put the code in form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 .PHONY: lock
-lock: $(MADE) ## compile requirements.lock anew from pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml -o requirements.lock
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url
+lock: $(MADE) ## compile both lock files anew from pyproject.toml
+	$(PIP) uv
+	$(COMPILE) --group install pyproject.toml -o requirements.lock
+	$(COMPILE) --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 
 .PHONY: clean
 clean: ## remove what make and the tools made (.venv, caches, dist); the data in .fairdrop stay

@@ -127,7 +127,6 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, else JSON"
     )
-    otlp_endpoint: str = Field("", description="OpenTelemetry collector (OTLP over HTTP); empty: off")
 
     # connections
     listen_backlog: int = Field(

@@ -1,4 +1,4 @@
-"""What a process says about itself: logs without secrets, metrics summed over processes, traces when asked for.
+"""What a process says about itself: logs without secrets and metrics summed over its processes.
 
 Logs are structlog events: one JSON object a line in production, readable lines on a terminal. Whatever is logged
 passes through `redact`: tickets, passes, phone numbers and Authorization never reach a log, not even inside the text of
@@ -164,21 +164,3 @@ def prepare_metrics(folder: Path) -> None:
 def forget_process(pid: int, folder: Path) -> None:
     """A process has ended: its live gauges no longer count, its counters do."""
     mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
-
-
-# --- traces -----------------------------------------------------------------------------------------------------------
-
-
-def start_tracing(settings: Settings, process: str) -> None:
-    """Send spans to the collector of FAIRDROP_OTLP_ENDPOINT. Empty: nothing is loaded, spans cost next to nothing."""
-    if not settings.otlp_endpoint:
-        return
-    from opentelemetry import trace
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-    provider = TracerProvider(resource=Resource.create({"service.name": f"fairdrop-{process}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint)))
-    trace.set_tracer_provider(provider)
