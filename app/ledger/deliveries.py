@@ -43,6 +43,17 @@ async def targets(conn: AsyncConnection) -> list[Target]:
     ]
 
 
+async def is_behind(conn: AsyncConnection) -> bool:
+    """Whether some endpoint has not got deliveries of all numbered events; a look, so that rest costs one statement."""
+    found = await conn.execute(
+        text(
+            f"SELECT EXISTS (SELECT 1 FROM webhook_endpoint WHERE {LIVE} AND (told_to IS NULL OR told_to <"
+            " (SELECT coalesce(max(position), 0) FROM event)))"
+        )
+    )
+    return bool(found.scalar_one())
+
+
 async def spread(conn: AsyncConnection, events_max: int, keep_trying_s: float) -> tuple[int, bool]:
     """Make deliveries of numbered events that have none, for at most `events_max` positions of each endpoint.
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    InvalidatePoolError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -54,12 +63,11 @@ def create_engine(settings: Settings, *, name: str = "fairdrop", pool: int | Non
 
 
 def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[str, str]) -> AsyncEngine:
-    return create_async_engine(
+    engine = create_async_engine(
         url,
         pool_size=size,
         max_overflow=0,
         pool_timeout=POOL_WAIT_S,
-        pool_pre_ping=True,
         pool_recycle=1800,
         connect_args={
             "timeout": CONNECT_WITHIN_S,
@@ -74,6 +82,25 @@ def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[
             },
         },
     )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    return engine
+
+
+def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
+    """Have the pool replace a connection whose other end is gone. asyncpg is told by the kernel, so looking is free;
+    SQLAlchemy's pre-ping costs three round trips, which was half of what an idle worker did."""
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError("the server closed this connection while it was idle")
+
+
+@asynccontextmanager
+async def alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A connection on which each statement is a transaction of its own: one round trip instead of three.
+
+    For looks and leases that are one statement; whatever must commit together takes `engine.begin()`.
+    """
+    async with engine.connect() as conn:
+        yield await conn.execution_options(isolation_level="AUTOCOMMIT")
 
 
 async def ping(conn: AsyncConnection) -> None:

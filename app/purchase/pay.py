@@ -32,7 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app.alarm import alert
 from app.errors import DidNotHappen, Unknown
 from app.ledger import orders, payments
-from app.ledger.engine import passes
+from app.ledger.engine import alone, passes
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.guard import GuardedPayment
 from app.providers.payment import (
@@ -121,7 +121,7 @@ def _room(provider: GuardedPayment, places: int, running: int) -> int:
 
 async def _starts(till: Till, provider: GuardedPayment, places: int, stopping: asyncio.Event) -> None:
     async def lease(count: int) -> list[Row]:
-        async with till.engine.begin() as conn:
+        async with alone(till.engine) as conn:
             return await payments.lease_starts(conn, provider.name, count, till.lease_s)
 
     await work_off(
@@ -135,7 +135,7 @@ async def _starts(till: Till, provider: GuardedPayment, places: int, stopping: a
 
 async def _polls(till: Till, provider: GuardedPayment, places: int, stopping: asyncio.Event) -> None:
     async def lease(count: int) -> list[Row]:
-        async with till.engine.begin() as conn:
+        async with alone(till.engine) as conn:
             return await payments.lease_polls(conn, provider.name, count, till.lease_s)
 
     await work_off(
@@ -149,7 +149,7 @@ async def _polls(till: Till, provider: GuardedPayment, places: int, stopping: as
 
 async def _refunds(till: Till, provider: GuardedPayment, places: int, stopping: asyncio.Event) -> None:
     async def lease(count: int) -> list[Row]:
-        async with till.engine.begin() as conn:
+        async with alone(till.engine) as conn:
             return await payments.lease_refunds(conn, provider.name, count, till.lease_s)
 
     await work_off(
@@ -614,7 +614,7 @@ async def weigh_late(engine: AsyncEngine, scripts: Scripts) -> int:
 
     Raises DidNotHappen and Unknown while Redis is away: they stay `due`.
     """
-    async with engine.begin() as conn:
+    async with alone(engine) as conn:
         due = await payments.due_captures(conn, LATE_MAX)
     decided = 0
     for capture in due:

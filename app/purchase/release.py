@@ -23,6 +23,7 @@ from app.alarm import alert
 from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, course, orders, outbox, payments
+from app.ledger.engine import alone
 from app.purchase.told import status_json
 from app.scripts import (
     AlreadyByte,
@@ -118,13 +119,13 @@ class Releaser:
 
     async def expire(self) -> int:
         """End the unpaid orders whose deadline has passed. Returns how many ended."""
-        async with self.engine.begin() as conn:
+        async with alone(self.engine) as conn:
             held = await orders.lease_unpaid(conn, LEASED_MAX, self.settings.lease_s)
         return await self._end_all(held, self._expire_one)
 
     async def let_go(self) -> int:
         """Cancel the orders of buyers who asked to leave, once no payment can arrive. Returns how many ended."""
-        async with self.engine.begin() as conn:
+        async with alone(self.engine) as conn:
             held = await orders.lease_leaving(conn, LEASED_MAX, self.settings.lease_s)
         return await self._end_all(held, self._cancel_one)
 
@@ -251,7 +252,7 @@ class Releaser:
 
     async def relay(self) -> int:
         """Tell Redis what Postgres has decided. Returns how many rows were closed."""
-        async with self.engine.begin() as conn:
+        async with alone(self.engine) as conn:
             rows = await outbox.lease(conn, LEASED_MAX, self.settings.lease_s)
             if not rows:
                 return 0

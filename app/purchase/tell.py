@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.ledger import sms
+from app.ledger.engine import alone
 from app.providers.answer import Done, MaybeDone, NotDone, Refused
 from app.providers.guard import GuardedSms
 from app.providers.registry import Providers
@@ -87,7 +88,7 @@ async def run(engine: AsyncEngine, providers: Providers, settings: Settings, sto
     places = settings.tell_concurrency
 
     async def lease(count: int) -> list[Row]:
-        async with engine.begin() as conn:
+        async with alone(engine) as conn:
             return await sms.lease_due(conn, count, settings.lease_s)
 
     async with asyncio.TaskGroup() as group:
@@ -106,7 +107,7 @@ async def run(engine: AsyncEngine, providers: Providers, settings: Settings, sto
 async def _sweep(engine: AsyncEngine, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
         try:
-            async with engine.begin() as conn:
+            async with alone(engine) as conn:
                 dropped, unknown = await sms.sweep(conn)
             if dropped:
                 TEXTS.labels("any", "dropped").inc(dropped)

@@ -26,6 +26,7 @@ from app.alarm import alert
 from app.breaker import Breaker, Event, Permit, Result, Rules, State
 from app.ledger import deliveries, journal
 from app.ledger.deliveries import Target
+from app.ledger.engine import alone
 from app.purchase.leased import work_off
 from app.purchase.told import instant
 from app.sealing import CannotOpen, SealingKey, sealing_keys, unseal, webhook_aad
@@ -99,13 +100,16 @@ class Pusher:
 
     async def spread(self) -> bool:
         """Events that are new get their deliveries. Whether there are more."""
+        async with alone(self.engine) as conn:
+            if not await deliveries.is_behind(conn):
+                return False
         async with self.engine.begin() as conn:
             _, more = await deliveries.spread(conn, SPREAD_MAX, self.settings.webhook_retry_for_s)
         return more
 
     async def lease(self, count: int) -> list[Row]:
         """Due deliveries, for addresses that have room."""
-        async with self.engine.begin() as conn:
+        async with alone(self.engine) as conn:
             targets = await deliveries.targets(conn)
             await self._forget_others({target.url for target in targets})
             random.shuffle(targets)  # endpoints with one address share its room: none is always the last
