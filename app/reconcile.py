@@ -21,6 +21,7 @@ from app.errors import DidNotHappen
 from app.keys import SaleKeys
 from app.ledger import course
 from app.ledger.course import Home
+from app.ledger.engine import alone
 from app.purchase.admit import Admitter
 from app.scripts import Armed, Behind, Gone, Link, NotHome, Old, Pulsed, Scripts
 
@@ -88,7 +89,7 @@ class Books:
 
 async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
     """Read both stores, Postgres first: what is claimed in between only makes Redis' side smaller."""
-    async with engine.connect() as conn:
+    async with alone(engine) as conn:
         counts = await course.counts(conn, sale)
     k = SaleKeys(sale)
     stock, entries = await link.pipeline([("HGETALL", k.stock), ("XRANGE", k.orders, "-", "+")])
@@ -141,9 +142,9 @@ class Reconciler:
 
     async def pulse(self) -> int:
         """One pulse for each sale: first Redis, then Postgres. Arms what restarted. Returns how many sales beat."""
-        async with self.engine.connect() as conn:
+        async with alone(self.engine) as conn:
             homes = await course.homes(conn)
-        beating = 0
+        beaten: list[tuple[str, int, int]] = []
         for home in homes:
             if home.home is None:
                 continue  # not published to Redis yet
@@ -153,9 +154,7 @@ class Reconciler:
             answer = await self.scripts.sale_pulse(sale=home.sale, epoch=home.epoch, pulse=home.pulse + 1)
             match answer:
                 case Pulsed():
-                    async with self.engine.begin() as conn:
-                        await course.note_pulse(conn, home.sale, home.epoch, answer.pulse)
-                    beating += 1
+                    beaten.append((home.sale, home.epoch, answer.pulse))
                     ARMED.labels(home.sale).set(1)
                 case Gone():
                     ARMED.labels(home.sale).set(0)
@@ -167,7 +166,10 @@ class Reconciler:
                     self._call(
                         "sale_elsewhere", "Redis and Postgres disagree on a sale's home or epoch", home.sale
                     )
-        return beating
+        if beaten:
+            async with alone(self.engine) as conn:
+                await course.note_pulses(conn, beaten)
+        return len(beaten)
 
     async def _arm(self, home: Home) -> bool:
         """Accept this Redis as the sale's home, if it is the old one, restarted from its own log."""
@@ -235,7 +237,7 @@ class Reconciler:
 
     async def settle(self) -> int:
         """Closed sales in which nothing is left to happen are settled, and forgotten by the front doors."""
-        async with self.engine.connect() as conn:
+        async with alone(self.engine) as conn:
             closed = await course.closed(conn)
         settled = 0
         for sale in closed:
@@ -262,7 +264,7 @@ class Reconciler:
         watched = list(self.admitter.watched)
         if not watched:
             return []
-        async with self.engine.connect() as conn:
+        async with alone(self.engine) as conn:
             return await course.settled_of(conn, watched)
 
 

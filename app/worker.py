@@ -113,6 +113,15 @@ async def keep_going(
             await _rest(wake or stopping, every_s)
 
 
+def once(turn: Turn) -> Turn:
+    """The turn, for a loop that rests after each: what it returns is news for people, not more to do."""
+
+    async def rested() -> None:
+        await turn()
+
+    return rested
+
+
 async def _rest(until: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(until.wait(), seconds)
@@ -159,12 +168,21 @@ class Streams:
                 self._missing.add(sale)
                 alert("stream_missing", "a stream of a published sale has no consumer group", sale=sale)
 
-    async def own_pending(self, sale: str, count: int) -> list[Entry]:
-        """Entries that this consumer has had and not given up."""
-        found = await self.link.call(
-            "XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, "STREAMS", self.key(sale), "0"
+    async def own_pending(self, sales: Sequence[str], count: int) -> dict[str, list[Entry]]:
+        """Entries of each sale that this consumer has had and not given up. One round trip for all sales."""
+        sales = [sale for sale in sales if sale not in self._missing]
+        answers = await self.link.pipeline(
+            [
+                ("XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, "STREAMS", self.key(sale), "0")
+                for sale in sales
+            ]
         )
-        return [entry for _, entries in found or () for entry in entries if entry[1] is not None]
+        pending: dict[str, list[Entry]] = {}
+        for sale, found in zip(sales, answers, strict=True):
+            if isinstance(found, Exception):
+                raise found
+            pending[sale] = [entry for _, entries in found or () for entry in entries if entry[1] is not None]
+        return pending
 
     async def take_over(self, sale: str, idle_ms: int, count: int) -> list[Entry]:
         """Entries that some consumer has had for longer than idle_ms: it died, or stalls."""
@@ -244,10 +262,11 @@ class AsksLoop:
     async def turn(self) -> bool:
         sales = list(self.admitter.watched)
         fresh = await self.streams.read(sales, ASKS_MAX)
+        pending = await self.streams.own_pending(sales, ASKS_MAX)
         more = False
         for sale in sales:
             # Those of before: their claims were not written yet.
-            entries = {entry[0]: entry for entry in await self.streams.own_pending(sale, ASKS_MAX)}
+            entries = {entry[0]: entry for entry in pending.get(sale, [])}
             entries |= {entry[0]: entry for entry in fresh.get(sale, [])}
             if entries:
                 done = await self.releaser.answer_asks(sale, list(entries.values()))
@@ -308,6 +327,9 @@ class Worker:
         )
 
     async def number_events(self) -> bool:
+        async with engines.alone(self.engine) as conn:
+            if not await events.is_behind(conn):
+                return False
         async with self.engine.begin() as conn:
             return await events.number(conn, EVENTS_MAX) == EVENTS_MAX
 
@@ -331,7 +353,7 @@ class Worker:
                     )
 
                 loop("admit", self.admitter.tick, s.admit_every_ms / 1000)
-                loop("beacon", lambda: self.admitter.put_beacons(client), 1.0)
+                loop("beacon", once(lambda: self.admitter.put_beacons(client)), 1.0)
                 loop("beacon-note", lambda: self.admitter.note_beacons(self.engine), 1.0)
                 loop("course", self.course.note, COURSE_EVERY_S)
                 loop("confirm", self.confirming.turn, 0.05)
@@ -343,8 +365,8 @@ class Worker:
                 loop("let-go", self.releaser.let_go, relay_s)
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)
                 loop("events", self.number_events, EVENTS_EVERY_S)
-                loop("pulse", self.reconciler.pulse, s.pulse_every_s)
-                loop("reconcile", self.reconciler.compare_all, s.reconcile_every_s)
+                loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)
+                loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
                 loop("settle", self.reconciler.settle, SETTLE_EVERY_S)
                 loop("contacts", lambda: remove_old(self.engine, s.settled_keep_days), CONTACTS_EVERY_S)
                 for name, work in (

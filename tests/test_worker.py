@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
+from app.reconcile import Reconciler
 from app.worker import Health, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 
@@ -90,6 +92,31 @@ async def test_a_worker_confirms_expires_and_tells_by_itself(shop: Shop) -> None
             return [row["position"] for row in rows] == list(range(1, len(rows) + 1))
 
         await until(numbered, "every event has its number")
+
+
+async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pulse that beat, and a comparison that compared, were taken for more to do: an idle worker never rested."""
+    await shop.publish(2)
+    turns: Counter[str] = Counter()
+
+    def counted(name: str, turn: Any) -> Any:
+        async def count(self: Any) -> Any:
+            turns[name] += 1
+            return await turn(self)
+
+        return count
+
+    monkeypatch.setattr(Reconciler, "pulse", counted("pulse", Reconciler.pulse))
+    monkeypatch.setattr(Reconciler, "compare_all", counted("compare", Reconciler.compare_all))
+    monkeypatch.setattr(Worker, "number_events", counted("events", Worker.number_events))
+    async with at_work(shop, pulse_every_s=60.0, reconcile_every_s=0.3) as worker:
+
+        async def compared() -> bool:
+            return turns["compare"] >= 3 and bool(worker.admitter.watched)
+
+        await until(compared, "the sale is compared again and again")
+        assert turns["pulse"] == 1
+        assert turns["compare"] <= turns["events"] + 1  # events are looked at every 0.2 s
 
 
 async def test_standby_buyers_win_what_others_do_not_pay(shop: Shop) -> None:

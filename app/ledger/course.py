@@ -47,6 +47,18 @@ async def is_settled(conn: AsyncConnection, sale: str) -> bool:
     return state is None or state == "settled"
 
 
+async def is_due(conn: AsyncConnection) -> bool:
+    """Whether some sale's opening or closing has come; a look, so that rest costs one statement."""
+    found = await conn.execute(
+        text(
+            "SELECT EXISTS (SELECT 1 FROM sale WHERE"
+            " (state IN ('scheduled', 'open') AND opened_at IS NULL AND opens_at <= now())"
+            " OR (state IN ('scheduled', 'open', 'paused') AND closes_at <= now()))"
+        )
+    )
+    return bool(found.scalar_one())
+
+
 async def open_due(conn: AsyncConnection) -> list[str]:
     """Sales whose opening has come become `open`. Returns their ids."""
     found = await conn.execute(
@@ -126,11 +138,19 @@ async def homes(conn: AsyncConnection) -> list[Home]:
     return [Home(*row) for row in found]
 
 
-async def note_pulse(conn: AsyncConnection, sale: str, epoch: int, pulse: int) -> None:
-    """Redis has this pulse on disk: one that comes back with less has lost writes."""
+async def note_pulses(conn: AsyncConnection, pulses: Sequence[tuple[str, int, int]]) -> None:
+    """Redis has these pulses, (sale, epoch, pulse), on disk: one that comes back with less has lost writes."""
     await conn.execute(
-        text("UPDATE sale SET pulse = greatest(pulse, :pulse) WHERE id = :sale AND epoch = :epoch"),
-        {"sale": sale, "epoch": epoch, "pulse": pulse},
+        text(
+            "UPDATE sale SET pulse = greatest(sale.pulse, seen.pulse)"
+            " FROM unnest(CAST(:sales AS text[]), CAST(:epochs AS bigint[]), CAST(:pulses AS bigint[]))"
+            " AS seen (sale, epoch, pulse) WHERE sale.id = seen.sale AND sale.epoch = seen.epoch"
+        ),
+        {
+            "sales": [sale for sale, _, _ in pulses],
+            "epochs": [epoch for _, epoch, _ in pulses],
+            "pulses": [pulse for _, _, pulse in pulses],
+        },
     )
 
 

@@ -49,6 +49,12 @@ async def put(
     )
 
 
+async def is_behind(conn: AsyncConnection) -> bool:
+    """Whether committed events wait for their position; a look, so that rest costs one statement and no lock."""
+    found = await conn.execute(text("SELECT EXISTS (SELECT 1 FROM event WHERE position IS NULL)"))
+    return bool(found.scalar_one())
+
+
 async def number(conn: AsyncConnection, limit: int) -> int:
     """Give the next positions to committed events, in the order they were written. Returns how many."""
     await conn.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": NUMBERING_LOCK})

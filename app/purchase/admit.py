@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app import keys
 from app.keys import SaleKeys
 from app.ledger import course, events, outbox, sales
+from app.ledger.engine import alone
 from app.sale import publish
 from app.scripts import Busy, Closed, Gone, Link, Old, Scripts, Served
 from app.settings import Settings
@@ -232,19 +233,26 @@ class Course:
     async def note(self) -> int:
         """Note what has come: opened, sold out, closed. Returns how many changes there were."""
         changes = 0
+        async with alone(self.engine) as conn:
+            due = await course.is_due(conn)
+        if due:
+            changes += await self._turn()
+        for sale in list(self.admitter.watched.values()):
+            if sale.opened and not sale.closed:
+                changes += await self._note_stock(sale)
+        return changes
+
+    async def _turn(self) -> int:
+        changes = 0
         async with self.engine.begin() as conn:
             for sale_id in await course.open_due(conn):
                 await self._event(conn, sale_id, "sale.opened")
                 changes += 1
         async with self.engine.begin() as conn:
-            closed = await course.close_due(conn)
-            for sale_id in closed:
+            for sale_id in await course.close_due(conn):
                 await self._event(conn, sale_id, "sale.closed")
                 await self._switch(conn, sale_id)
                 changes += 1
-        for sale in list(self.admitter.watched.values()):
-            if sale.opened and not sale.closed:
-                changes += await self._note_stock(sale)
         return changes
 
     async def _note_stock(self, sale: Watched) -> bool:
