@@ -1,0 +1,185 @@
+"""A buyer's phone number goes through a whole purchase, reaches the SMS supplier, and is nowhere else to be read.
+
+It is looked for in everything that is kept or shown: every value in Redis, every row of Postgres, every file of the
+data directory (append-only file, write-ahead log, logs), metrics, the shop's feed, refusals. It would be found as text,
+as hex (how Postgres shows bytes) and as Base64 (how JSON carries them).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+import redis.asyncio as redis_async
+
+from app.demo import Urls
+from tests.story.conftest import Town
+from tests.story.people import until
+
+NOT_OURS = (
+    "postgres/base",
+    "postgres/global",
+)  # pages, read as rows instead; written at the next checkpoint only
+
+
+def needles(phone: str) -> list[bytes]:
+    """The number as it may be written. Without the country code: somebody may have cut it off."""
+    digits = phone[-9:].encode()
+    found = [digits, digits.hex().encode()]
+    for shift in range(
+        3
+    ):  # Base64 of a text that has the number somewhere inside: without the bits of its neighbours
+        coded = b64encode(b"\0" * shift + digits)
+        found.append(coded[(0, 2, 3)[shift] : len(coded.rstrip(b"=")) - 1])
+    return found
+
+
+def test_the_needles_find_what_they_are_for() -> None:
+    for before in ("", "a", "ab", "abc", "abcd"):
+        text = f'{before}{{"phone":"+8613912345678"}}'.encode()
+        for form in (text, text.hex().encode(), b64encode(text)):
+            assert any(needle in form for needle in needles("+8613912345678")), form
+
+
+@pytest.fixture
+def data_dir(running: Urls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the running `up` keeps everything."""
+    for file in tmp_path_factory.getbasetemp().glob("story-up*/urls.json"):
+        if json.loads(file.read_text())["front"] == running.front:
+            return file.parent
+    raise AssertionError("no running `up`")
+
+
+async def values_of_redis(url: str) -> dict[str, list[bytes]]:
+    client = redis_async.Redis.from_url(url)
+    found: dict[str, list[bytes]] = {}
+    try:
+        async for key in client.scan_iter(count=1000):
+            kind = await client.type(key)
+            read: dict[bytes, Any] = {
+                b"string": client.get,
+                b"hash": client.hgetall,
+                b"list": lambda k: client.lrange(k, 0, -1),
+                b"stream": client.xrange,
+            }
+            found[key.decode()] = _leaves([key, await read[kind](key)])
+    finally:
+        await client.aclose()
+    return found
+
+
+def _leaves(value: Any) -> list[bytes]:
+    if isinstance(value, bytes):
+        return [value]
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return [leaf for part in parts or () for leaf in _leaves(part)]
+
+
+async def rows_of_postgres(url: str) -> dict[str, list[bytes]]:
+    connection = await asyncpg.connect(url)
+    try:
+        tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        return {
+            table: [row[0].encode() for row in await connection.fetch(f'SELECT t::text FROM "{table}" t')]
+            for (table,) in tables
+        }
+    finally:
+        await connection.close()
+
+
+def files_of(folder: Path) -> dict[str, list[bytes]]:
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith(NOT_OURS):
+            try:
+                found[name] = [path.read_bytes()]
+            except (FileNotFoundError, PermissionError):
+                continue  # it went while we looked, or its owner alone may read it
+    return found
+
+
+async def test_a_phone_number_goes_through_a_purchase_and_is_nowhere_to_be_read(
+    town: Town, data_dir: Path
+) -> None:
+    phone = f"+86139{secrets.randbelow(10**8):08d}"
+    wanted = needles(phone)
+    urls = json.loads((data_dir / "urls.json").read_text())
+    looked_at: set[str] = set()
+
+    def nowhere(where: str, places: dict[str, list[bytes]]) -> None:
+        looked_at.update(f"{where}:{name}" for name, values in places.items() if any(values))
+        leaks = [n for n, values in places.items() if any(needle in v for v in values for needle in wanted)]
+        assert not leaks, f"{where}: {leaks}"
+
+    async def nowhere_kept() -> None:
+        nowhere("redis", await values_of_redis(urls["redis"]))
+        nowhere("postgres", await rows_of_postgres(urls["database"]))
+        nowhere("file", files_of(data_dir))
+
+    sale = await town.operator.publishes_a_sale(units=1, opens_in_s=60.0)
+    lin = town.buyer("lin", sale)
+    await lin.gets_a_pass(phone=phone)
+    await lin.taps()
+    await nowhere_kept()  # the contact is in Redis
+    assert f"redis:{{sale:{sale}}}:contact" in looked_at
+
+    await town.operator.opens(sale, in_s=0.5)
+    order = (await lin.is_told("reserved"))["order"]
+
+    # The plant works: the supplier was given the number, and the office finds the order by it.
+    async def texts() -> Any:
+        async with httpx.AsyncClient(timeout=15, trust_env=False) as anyone:
+            return (await anyone.get(f"{town.urls.sandbox}/sms", params={"limit": 10_000})).json()["data"]
+
+    await until(texts, lambda seen: any(one["phone"] == phone for one in seen))
+    found = await town.operator.get(f"/v1/admin/sales/{sale}/orders", phone=phone)
+    assert [one["order_no"] for one in found["data"]] == [order["order_no"]]
+    await nowhere_kept()  # the contact is in Postgres
+
+    await lin.pays()
+    await lin.is_told("paid")
+
+    # What is shown: refusals of what holds the number, metrics, the feed, the order.
+    shown: dict[str, list[bytes]] = {}
+    async with httpx.AsyncClient(timeout=15, trust_env=False) as anyone:
+        stranger = {"X-Buyer-Id": "stranger"}
+        path = f"{town.urls.front}/v1/sales/{sale}/pass"
+        for name, body in (
+            ("bad number", {"contact": {"phone": f"{phone}x", "language": "zh"}}),
+            ("other field", {"phone": phone}),
+            ("number as language", {"contact": {"phone": phone, "language": phone * 9}}),
+        ):
+            refused = await anyone.post(path, json=body, headers=stranger)
+            assert refused.status_code == 422, refused.text
+            shown[name] = [refused.content]
+        for name, url in (
+            ("number as ticket", f"{town.urls.front}/v1/tickets/{phone}"),
+            ("number as sale", f"{town.urls.front}/v1/sales/{phone}"),
+            ("metrics of front", f"{town.urls.front}/metrics"),
+            ("metrics of office", f"{town.urls.office}/metrics"),
+            ("metrics of worker", f"{town.urls.worker}/metrics"),
+        ):
+            shown[name] = [(await anyone.get(url, headers=stranger)).content]
+    office = town.operator.http
+    for path in (
+        f"/v1/admin/sales/{sale}/orders?phone={phone[1:]}",
+        f"/v1/admin/sales/{sale}/orders",
+        f"/v1/admin/sales/{sale}/orders.csv",
+        f"/v1/admin/orders/{order['order_no']}",
+        f"/v1/admin/sales/{sale}/live",
+        f"/v1/admin/events?sale={sale}",
+        "/v1/admin/journal",
+    ):
+        shown[path] = [(await office.get(path)).content]
+    nowhere("shown", shown)
+    await nowhere_kept()
+    assert {"postgres:purchase_order", "postgres:sms", "postgres:event"} <= looked_at
+    logs = {name for name in looked_at if name.startswith("file:logs/") or name.endswith("demo-up.log")}
+    assert logs and any(".aof" in name for name in looked_at) and any("pg_wal" in name for name in looked_at)
