@@ -32,13 +32,13 @@ class Answered(NamedTuple):
 class NotAnswered(NamedTuple):
     """Nothing, or nothing in time: whether it arrived is unknown; it is sent again."""
 
-    code: str  # timeout | no_connection | broken
+    code: str  # timeout | name_unknown | no_connection | broken
 
 
 class Refused(NamedTuple):
     """Not sent, for our own safety."""
 
-    code: str  # address_refused | name_unknown
+    code: str  # address_refused
 
 
 Outcome = Answered | NotAnswered | Refused
@@ -85,7 +85,7 @@ class Address:
         try:
             async with asyncio.timeout(self._settings.webhook_deadline_s):
                 address = await self._resolve()
-                if isinstance(address, Refused):
+                if not isinstance(address, str):
                     return address
                 async with self._client.stream(
                     "POST",
@@ -111,16 +111,17 @@ class Address:
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
             return status or NotAnswered("broken")
 
-    async def _resolve(self) -> str | Refused:
-        """The address to connect to: the first, if all of them are public."""
+    async def _resolve(self) -> str | NotAnswered | Refused:
+        """The address to connect to: the first, if all of them are public. An unknown name counts against the address:
+        its look-ups may be slow, and hold threads that other names need."""
         host, port = self._parts.hostname or "", self._parts.port or 443
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError):
-            return Refused("name_unknown")
+            return NotAnswered("name_unknown")
         addresses = [str(one[4][0]).partition("%")[0] for one in found]
         if not addresses:
-            return Refused("name_unknown")
+            return NotAnswered("name_unknown")
         if not self._settings.webhooks_allow_private and not all(is_public(one) for one in addresses):
             return Refused("address_refused")
         return addresses[0]

@@ -15,7 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from app.breaker import Result
 from app.settings import Settings
+from app.shop.push import verdict
 from app.shop.wire import Address, Answered, NotAnswered, Refused, is_public
 
 
@@ -105,6 +107,18 @@ async def test_the_certificate_must_name_the_host_although_the_address_is_connec
     assert outcomes == {"localhost": Answered(204, None), "other.example": NotAnswered("no_connection")}
     assert await untrusted.post(b"{}", {}) == NotAnswered("no_connection")
     await untrusted.aclose()
+
+
+async def test_an_unknown_name_counts_against_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nobody(*_: Any, **__: Any) -> list[Any]:
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", nobody, raising=False)
+    address = Address("https://nobody.example/", Settings())
+    outcome = await address.post(b"{}", {})
+    assert outcome == NotAnswered("name_unknown") and verdict(outcome)[0] is Result.FAILURE
+    assert verdict(Refused("address_refused"))[0] is Result.IGNORED  # our own rule
+    await address.aclose()
 
 
 def test_an_address_is_built_with_its_port_path_and_query() -> None:
