@@ -319,6 +319,7 @@ async def switched(
     *,
     event: str | None = None,
     detail: Mapping[str, Any] | None = None,
+    also: Callable[[AsyncConnection, Sale], Awaitable[None]] | None = None,
 ) -> Response:
     """One change of a published sale's columns: Postgres, journal, event and outbox in one step, then Redis."""
     desk = post.desk
@@ -331,6 +332,8 @@ async def switched(
             if row.state in ("closed", "settled"):
                 raise refuse("sale_closed")
             version = await sales.change(conn, sale_id, values(row, await sales.clock(conn)))
+            if also is not None:
+                await also(conn, row)
             row = await found(conn, sale_id)
             if event is not None:
                 await events.put(conn, event, sale_id, version, publish.event_data(row))
@@ -360,15 +363,19 @@ async def pause(sale: SalePath, post: OperatorPosts, body: Body | None = None) -
     ADMIN + "/{sale}/resume",
     response_model=SaleOut,
     responses={**WRITE, **LATER, **refusals("wrong_state", "not_published")},
-    summary="Go on after a pause",
+    summary="Go on after a pause, also with items that were stopped for lack of stock in Postgres",
 )
 async def resume(sale: SalePath, post: OperatorPosts, body: Body | None = None) -> Response:
     def values(row: Sale, now: datetime) -> Mapping[str, Any]:
-        if row.state != "paused":
+        if row.state != "paused" and not any(item.paused_at for item in row.items):
             raise refuse("wrong_state", f"The sale is {row.state}, not paused.")
         return {"state": "open" if row.opened_at is not None else "scheduled"}
 
-    return await switched(post, sale, body, "sale.resume", values, event="sale.resumed")
+    async def let_items_go_on(conn: AsyncConnection, row: Sale) -> None:
+        for sku in await sales.resume_items(conn, row.id):
+            await outbox.put(conn, "switch", row.id, row.epoch, {"sku": sku, "item_paused": "0"})
+
+    return await switched(post, sale, body, "sale.resume", values, event="sale.resumed", also=let_items_go_on)
 
 
 @router.post(

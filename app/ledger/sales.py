@@ -181,6 +181,17 @@ async def set_price(conn: AsyncConnection, sale: str, sku: str, price_minor: int
     )
 
 
+async def resume_items(conn: AsyncConnection, sale: str) -> list[str]:
+    """End the pause of every item that was stopped because Postgres had no stock for it. Returns their skus."""
+    found = await conn.execute(
+        sa.update(item_table)
+        .where(item_table.c.sale == sale, item_table.c.paused_at.is_not(None))
+        .values(paused_at=None)
+        .returning(item_table.c.sku)
+    )
+    return sorted(found.scalars())
+
+
 async def delete_draft(conn: AsyncConnection, sale: str) -> None:
     """Remove a sale that was never published, with its items."""
     await conn.execute(sa.delete(item_table).where(item_table.c.sale == sale))

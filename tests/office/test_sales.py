@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.office.conftest import FIRST_KEY, document, iso, redis_sale, stock, until
+from app.ledger import confirming
+from tests.office.conftest import FIRST_KEY, Office, document, iso, redis_sale, stock, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -304,3 +305,21 @@ async def test_the_api_document_is_served_without_anything_from_elsewhere(office
     docs = await office.get("/docs", key=None)
     assert docs.status_code == 200
     assert "http://" not in docs.text and "https://" not in docs.text
+
+
+async def test_resume_lets_an_item_go_on_that_was_stopped_for_lack_of_stock(office: Office) -> None:
+    """Postgres had no unit for a claim, so the worker stopped the item: a person looks, then says go on."""
+    sku = (await office.open_sale())["items"][0]["sku"]
+    async with office.desk.engine.begin() as conn:
+        assert await confirming.pause_item(conn, "drop", sku, 1)
+    assert (await office.get("/v1/admin/sales/drop")).json()["items"][0]["paused"]
+    answer = await office.post("/v1/admin/sales/drop/resume")
+    assert answer.status_code == 200, answer.text
+    assert not answer.json()["items"][0]["paused"]
+    told = await office.sql("SELECT payload FROM outbox WHERE kind = 'switch' AND state = 'due' ORDER BY id")
+    assert [row.payload for row in told] == [
+        {"sku": sku, "item_paused": "1"},
+        {"sku": sku, "item_paused": "0"},
+    ]
+    again = await office.post("/v1/admin/sales/drop/resume")
+    assert (again.status_code, again.json()["code"]) == (409, "wrong_state")
