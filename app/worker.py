@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from prometheus_client import Counter as Count
 from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -56,6 +57,7 @@ SETTLE_EVERY_S = 2.0
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
 PROBES_BACKLOG = 64
+FRESH = {"Cache-Control": "no-store"}
 READY_WITHIN_S = 1.0  # a probe's look at Postgres
 ALERT_AFTER_S = 60.0  # a loop that fails for longer calls a person
 
@@ -393,36 +395,56 @@ def create_app(worker: Worker) -> Starlette:
     metrics = Metrics(worker.settings)
 
     async def healthz(_: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}, headers=FRESH)
 
     async def readyz(_: Request) -> Response:
-        reasons = dict(worker.health.troubles)
-        if worker.stopping.is_set():
-            reasons["worker"] = "draining"
+        reasons = [f"{loop}: {why}" for loop, why in worker.health.troubles.items()]
         if not worker.link.connected:
-            reasons["redis"] = worker.link.trouble or "not connected"
+            reasons.append(f"redis: {worker.link.trouble or 'not connected'}")
         durable = ""
         try:
             async with asyncio.timeout(READY_WITHIN_S), worker.engine.connect() as conn:
                 durable = await engines.durability(conn)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason
-            reasons["postgres"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        body: dict[str, object] = {
-            "status": "draining" if worker.stopping.is_set() else ("unavailable" if reasons else "ready"),
-            "reasons": reasons,
-            "postgres_durability": durable or None,
-        }
-        headers = {"Retry-After": "1"} if reasons else None
-        return JSONResponse(body, 503 if reasons else 200, headers)
+            reasons.append(f"postgres: {type(error).__name__}: {error}".splitlines()[0][:200])
+        if worker.stopping.is_set():
+            return _problem(503, "draining", "This process is about to stop.", reasons=["draining", *reasons])
+        if reasons:
+            return _problem(503, "busy", "A store does not answer, or a loop fails.", reasons=reasons)
+        return JSONResponse({"status": "ready", "reasons": [], "durability": durable}, headers=FRESH)
 
     async def show_metrics(request: Request) -> Response:
         if not metrics.allows(request.client.host if request.client else None):
-            return Response(status_code=403)
+            return _problem(403, "forbidden", "This caller may not do this.")
         return Response(metrics.text(), media_type=metrics.content_type)
 
+    async def not_here(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = "not_found" if error.status_code == 404 else "method_not_allowed"
+        return _problem(error.status_code, code, str(error.detail), headers=error.headers)
+
     return Starlette(
-        routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", show_metrics)]
+        routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", show_metrics)],
+        exception_handlers={HTTPException: not_here},
     )
+
+
+def _problem(
+    status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **more: object
+) -> Response:
+    """A problem document as app.problems makes them; that module brings FastAPI, a third of a second of a restart."""
+    document = {
+        "type": f"urn:fairdrop:problem:{code}",
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "request_id": os.urandom(8).hex(),
+        "errors": [],
+        **more,
+    }
+    told = {**FRESH, **(headers or {}), **({"Retry-After": "1"} if status == 503 else {})}
+    return JSONResponse(document, status, told, media_type="application/problem+json")
 
 
 async def run(settings: Settings) -> None:

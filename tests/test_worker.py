@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
+from app.problems import CODES, Problem
 from app.reconcile import Reconciler
 from app.worker import Health, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
@@ -198,7 +199,7 @@ async def test_postgres_goes_down_and_comes_back_and_no_claim_is_lost(shop: Shop
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             answer = await client.get("/readyz")
             assert answer.status_code == 503
-            assert "postgres" in answer.json()["reasons"]
+            assert answer.json()["reasons"][0].startswith("postgres: ")
             assert (await client.get("/healthz")).status_code == 200
             postgres.start()
             await reserved(shop, 24)
@@ -280,6 +281,34 @@ async def test_metrics_are_for_the_allowed_networks_only(shop: Shop) -> None:
                 assert answer.status_code == status
                 if status == 200:
                     assert "fairdrop_confirm_claims_total" in answer.text
+    finally:
+        await worker.providers.aclose()
+        await worker.engine.dispose()
+
+
+async def test_the_probes_refuse_with_problem_documents_like_the_other_processes(shop: Shop) -> None:
+    """Operators' tools read one shape of all three: these were bare texts, and `reasons` was an object here only."""
+    worker = Worker(shop.settings)
+    try:
+        transport = httpx.ASGITransport(create_app(worker), client=("192.0.2.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+            for method, path, status, code in (
+                ("GET", "/metrics", 403, "forbidden"),
+                ("GET", "/nowhere", 404, "not_found"),
+                ("POST", "/healthz", 405, "method_not_allowed"),
+                ("GET", "/readyz", 503, "busy"),  # no link to Redis yet
+            ):
+                answer = await client.request(method, path)
+                assert answer.headers["content-type"] == "application/problem+json"
+                assert (answer.status_code, answer.json()["status"], answer.json()["code"]) == (
+                    status,
+                    status,
+                    code,
+                )
+                assert Problem.model_validate(answer.json()).request_id
+                assert CODES[code].status == status
+            assert answer.headers["retry-after"] == "1"
+            assert [reason.partition(":")[0] for reason in answer.json()["reasons"]] == ["redis"]
     finally:
         await worker.providers.aclose()
         await worker.engine.dispose()
