@@ -117,6 +117,8 @@ class StorePair:
                 secrets.token_urlsafe(12),
                 bin_dir=bin_dir or find_postgres(),
                 durable=False,
+                # Its workers are not ours to end: DROP DATABASE … WITH (FORCE) fails where one is at work.
+                settings={"autovacuum": "off"},
             )
         if not self._postgres.running():
             self._postgres.start()
