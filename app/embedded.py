@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,7 +251,7 @@ def find_postgres() -> Path:
     )
 
 
-class _Store:
+class _Store(ABC):
     """A server process with its files in `home`, its log in `log_path`. After `prepare`, `port` is fixed."""
 
     name: str
@@ -266,19 +267,21 @@ class _Store:
         self._any_port = port == 0
         self._log_from = 0
 
+    @abstractmethod
     def prepare(self) -> None:
         """Make the files that the server needs, the first time; cheap afterwards. CannotStart: they cannot be made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """What to run, after `prepare`."""
 
+    @abstractmethod
     def account(self) -> Account:
-        raise NotImplementedError
+        """Who runs it."""
 
+    @abstractmethod
     def ready(self) -> bool:
         """Whether the server answers, by one look that takes well under a second."""
-        raise NotImplementedError
 
     @property
     def pid(self) -> int:
