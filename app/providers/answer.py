@@ -56,3 +56,12 @@ class MaybeDone:
 
 
 Answer = Done[T] | NotDone | Refused | MaybeDone
+
+# What the guard itself answers, always as NotDone and never counted against the supplier.
+BREAKER_OPEN = "breaker_open"  # retry_in_ms: until it may be probed
+NO_PLACE = "no_place"  # all places were taken, or the deadline passed before the call
+
+
+def other_may(answer: Answer[T]) -> bool:
+    """May another supplier be asked for the same thing now? Only where this one has certainly not done it."""
+    return isinstance(answer, NotDone) or (isinstance(answer, Refused) and answer.other_may)

@@ -30,7 +30,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from app.breaker import Breaker, Event, Result, Rules, State, Stop, monotonic_ms
-from app.providers.answer import Answer, Done, MaybeDone, NotDone
+from app.providers.answer import BREAKER_OPEN, NO_PLACE, Answer, Done, MaybeDone, NotDone
 from app.providers.payment import (
     AttemptRef,
     BillLine,
@@ -187,17 +187,17 @@ class Guard:
         rules, breaker = self.rules, self.breaker
         if wait := breaker.retry_in_ms():
             breaker.stopped_count += 1
-            return NotDone("breaker_open", wait, Result.IGNORED)
+            return NotDone(BREAKER_OPEN, wait, Result.IGNORED)
         ends = time.perf_counter() + rules.deadline_s
         if not await self.bulkhead.enter(min(rules.wait_max_s, rules.deadline_s)):
-            return NotDone("no_place", counts=Result.IGNORED)
+            return NotDone(NO_PLACE, counts=Result.IGNORED)
         try:
             left_s = ends - time.perf_counter()
             if left_s <= 0:
-                return NotDone("no_place", counts=Result.IGNORED)
+                return NotDone(NO_PLACE, counts=Result.IGNORED)
             permit = breaker.take()
             if isinstance(permit, Stop):
-                return NotDone("breaker_open", permit.retry_in_ms, Result.IGNORED)
+                return NotDone(BREAKER_OPEN, permit.retry_in_ms, Result.IGNORED)
             answer: Answer[T] | None = None
             try:
                 async with asyncio.timeout(left_s):
@@ -217,6 +217,17 @@ class Guard:
             return answer
         finally:
             self.bulkhead.leave()
+
+    def refusal(self) -> NotDone | None:
+        """May this supplier be tried now? None: yes. Else what a call would answer; another supplier may be asked.
+
+        Costs no I/O and takes no permit: the call itself may still be refused, and then answers the same.
+        """
+        if wait := self.breaker.retry_in_ms():
+            return NotDone(BREAKER_OPEN, wait, Result.IGNORED)
+        if not self.bulkhead.free and self.bulkhead.waiting >= self.bulkhead.queue_max:
+            return NotDone(NO_PLACE, counts=Result.IGNORED)
+        return None
 
     def ready(self) -> int:
         """How many calls make sense now: 0 while the breaker is open or all places are taken."""

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from app.breaker import Result, Rules, State
-from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
+from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused, other_may
 from app.providers.guard import Bulkhead, Guard, GuardRules
 
 
@@ -96,6 +96,42 @@ async def test_an_open_breaker_answers_without_a_call_and_without_a_place() -> N
     assert isinstance(answer, NotDone)
     assert (answer.code, answer.retry_in_ms) == ("breaker_open", 1_000)
     assert guard.ready() == 0
+
+
+async def test_asking_whether_a_supplier_may_be_tried_answers_as_the_call_would_and_takes_no_permit() -> None:
+    clock = Clock()
+    guard = make(clock, places_max=1, queue_max=0)
+    assert guard.refusal() is None
+    hanging = asyncio.create_task(guard.call("create", hangs))
+    await asyncio.sleep(0)
+    assert (
+        guard.refusal() == await guard.call("create", says(Done(1))) == NotDone("no_place", 0, Result.IGNORED)
+    )
+    hanging.cancel()
+    await asyncio.gather(hanging, return_exceptions=True)
+    await trip(guard)
+    assert guard.refusal() == await guard.call("create", says(Done(1)))
+    assert guard.refusal() == NotDone("breaker_open", 1_000, Result.IGNORED)
+    clock.ms += 1_000
+    for _ in range(10):
+        assert guard.refusal() is None
+    assert guard.breaker.state is State.OPEN  # nobody has called
+
+
+@pytest.mark.parametrize(
+    ("answer", "may"),
+    [
+        (Done(1), False),
+        (NotDone("breaker_open"), True),
+        (Refused("declined"), False),
+        (Refused("channel", other_may=True), True),
+        (MaybeDone("deadline"), False),
+    ],
+)
+def test_another_supplier_is_asked_only_after_what_certainly_did_not_happen(
+    answer: Answer[int], may: bool
+) -> None:
+    assert other_may(answer) is may
 
 
 async def test_the_supplier_is_probed_and_taken_back() -> None:
