@@ -36,7 +36,7 @@ SaleArgument = Annotated[str, typer.Argument(metavar="SALE", help="The sale's id
 sale = typer.Typer(help="Draft, publish, pause, resume, close and list sales.", no_args_is_help=True)
 key = typer.Typer(help="Make, list and revoke operators' keys (admin).", no_args_is_help=True)
 webhooks = typer.Typer(
-    help="Make, list, rotate, replay and delete the shop's endpoints (admin).", no_args_is_help=True
+    help="Make, list, rotate, replay, enable and delete the shop's endpoints (admin).", no_args_is_help=True
 )
 
 
@@ -460,6 +460,25 @@ def webhooks_replay(
         dry_run=dry_run,
     )
     show(found, as_json, lambda: table("", ("id", "replayed"), [(found["id"], found["replayed"])]))
+
+
+@webhooks.command("enable")
+def webhooks_enable(
+    endpoint_id: EndpointArgument,
+    reason: Reason = None,
+    dry_run: DryRun = False,
+    idempotency_key: Key = None,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Tell an endpoint again that answered 410 Gone; what it missed of the last 72 h is pushed."""
+    found = Office(data_dir).post(
+        f"/v1/admin/webhooks/{_quoted(endpoint_id)}/enable",
+        idempotency_key=idempotency_key,
+        reason=reason,
+        dry_run=dry_run,
+    )
+    show(found, as_json, lambda: table("", ("id", "due again"), [(found["id"], found["due"])]))
 
 
 @webhooks.command("delete")

@@ -6,6 +6,7 @@ opened in two places only: for the SMS itself (purchase/tell.py), and here, to i
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -17,6 +18,7 @@ from app.ledger import contacts as rows
 from app.sealing import (
     CannotOpen,
     SealingKey,
+    answer_aad,
     contact_aad,
     key_id_of,
     phone_index,
@@ -39,6 +41,7 @@ class Resealed(msgspec.Struct):
 
     contacts: int = 0  # sealed again, or indexed for the first time
     secrets: int = 0
+    answers: int = 0  # kept for their Idempotency-Key, with a secret in them
     cannot_open: int = 0  # sealed with a key that is not given, or changed: left as they are
 
 
@@ -83,13 +86,14 @@ async def reseal(
     batch: int,
     progress: Callable[[Resealed], None] = lambda done: None,
 ) -> Resealed:
-    """Seal contacts and webhook secrets with the first key, batch by batch, each its own transaction.
+    """Seal contacts, webhook secrets and kept answers with the first key, batch by batch, each its own transaction.
 
     It may be killed anywhere and run again: what is sealed with the first key is passed over. It may run while the
     sale does: a row is locked for the moment in which it is sealed again.
     """
     done = Resealed()
     await _reseal_secrets(engine, keys, done)
+    await _reseal_answers(engine, keys, done, batch)
     after, newest = "", keys[0].id
     while True:
         async with engine.begin() as conn:
@@ -132,3 +136,27 @@ async def _reseal_secrets(engine: AsyncEngine, keys: Sequence[SealingKey], done:
                 assert fresh[0] is not None
                 await rows.put_secrets(conn, row["id"], fresh[0], fresh[1])
                 done.secrets += sum(new != old for new, old in zip(fresh, given, strict=True))
+
+
+async def _reseal_answers(
+    engine: AsyncEngine, keys: Sequence[SealingKey], done: Resealed, batch: int
+) -> None:
+    """Answers kept for their Idempotency-Key: a repeated request is still answered once the old key is retired."""
+    after = ("", "")
+    while True:
+        async with engine.begin() as conn:
+            found = await rows.sealed_answers(conn, after, batch)
+            for row in found:
+                sealed, aad = b64decode(row["sealed"]), answer_aad(row["actor"], row["key"])
+                if key_id_of(sealed) == keys[0].id:
+                    continue
+                try:
+                    fresh = seal(keys, unseal(keys, sealed, aad), aad)
+                except CannotOpen:
+                    done.cannot_open += 1
+                    continue
+                await rows.put_answer(conn, row["actor"], row["key"], b64encode(fresh).decode())
+                done.answers += 1
+        if len(found) < batch:
+            return
+        after = (found[-1]["actor"], found[-1]["key"])

@@ -70,6 +70,11 @@ def webhook_aad(endpoint_id: str) -> bytes:
     return f"webhook\0{endpoint_id}".encode()
 
 
+def answer_aad(actor: str, name: str | None) -> bytes:
+    """What the secrets in an answer are bound to that is kept for its Idempotency-Key."""
+    return f"idempotency\0{actor}\0{name}".encode()
+
+
 def phone_index(key: SealingKey, sale: str, phone: str) -> bytes:
     """A number's blind index: finds the orders of a known number in one sale, and tells nothing without the key.
 

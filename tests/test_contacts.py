@@ -146,7 +146,13 @@ async def test_the_command_rotates_and_says_what_it_did(shop: Shop, tmp_path: Pa
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     newest = sealing_keys(NEW)[0]
-    assert json.loads(ran.stdout) == {"key": newest.id.hex(), "contacts": 1, "secrets": 0, "cannot_open": 0}
+    assert json.loads(ran.stdout) == {
+        "key": newest.id.hex(),
+        "contacts": 1,
+        "secrets": 0,
+        "answers": 0,
+        "cannot_open": 0,
+    }
     ((sealed,),) = await sql(shop, "SELECT contact FROM purchase_order")
     assert key_id_of(bytes(sealed)) == newest.id
 
@@ -178,6 +184,35 @@ async def office(redis_url: str, database_url: str) -> AsyncIterator[Office]:
         yield running
     finally:
         await running.close()
+
+
+async def test_a_kept_answer_is_sealed_again_and_still_answers_when_the_old_key_is_gone(
+    redis_url: str, database_url: str
+) -> None:
+    """Bug: answers kept for their Idempotency-Key stayed sealed with the old key; after it was retired, a repeated
+    request could not be answered any more."""
+    body = {"url": "https://shop.example/hook", "events": ["order.paid"]}
+    path = "/v1/admin/webhooks"
+
+    async def asked(keys: str) -> tuple[int, dict[str, Any]]:
+        running = await open_office(settings_for(redis_url, database_url, pii_keys=keys))
+        try:
+            answer = await running.post(path, body, idem="one")
+            return answer.status_code, answer.json()
+        finally:
+            await running.close()
+
+    first = await asked(OLD)
+    assert first[0] == 201 and first[1]["secret"]
+    running = await open_office(settings_for(redis_url, database_url, pii_keys=f"{NEW},{OLD}"))
+    try:
+        keys = sealing_keys(f"{NEW},{OLD}")
+        done = await contacts.reseal(running.desk.engine, keys, batch=1)
+        assert (done.answers, done.secrets, done.cannot_open) == (1, 1, 0)
+        assert (await contacts.reseal(running.desk.engine, keys, batch=1)).answers == 0
+    finally:
+        await running.close()
+    assert await asked(NEW) == first
 
 
 async def test_the_office_finds_orders_by_number_under_any_key_and_echoes_no_number(office: Office) -> None:

@@ -121,13 +121,11 @@ class Change:
         kept: dict[str, Any] = {"body": answer.body, "etag": answer.etag}
         if answer.secret:
             plain = json.dumps(dict(answer.secret)).encode()
-            sealed = sealing.seal(self._post.desk.seal_keys, plain, _aad(self.operator.id, self._name))
+            sealed = sealing.seal(
+                self._post.desk.seal_keys, plain, sealing.answer_aad(self.operator.id, self._name)
+            )
             kept["sealed"] = b64encode(sealed).decode()
         return kept
-
-
-def _aad(actor: str, name: str | None) -> bytes:
-    return f"idempotency\0{actor}\0{name}".encode()
 
 
 Effect = Callable[[Change], Awaitable[Answer]]
@@ -198,7 +196,9 @@ class Posting:
         secret: dict[str, str] = {}
         if kept.get("sealed"):
             plain = sealing.unseal(
-                self.desk.seal_keys, b64decode(kept["sealed"]), _aad(self.operator.id, self.name)
+                self.desk.seal_keys,
+                b64decode(kept["sealed"]),
+                sealing.answer_aad(self.operator.id, self.name),
             )
             secret = json.loads(plain)
         response = shown(Answer(status, kept.get("body"), kept.get("etag"), secret))

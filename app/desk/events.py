@@ -239,9 +239,7 @@ async def replay(endpoint_id: EndpointPath, body: ReplayIn, post: AdminPosts) ->
             if known is None:
                 raise refuse("no_such_webhook")
             if known.disabled_at is not None:
-                raise refuse(
-                    "wrong_state", "The endpoint is disabled; delete it, and make and replay a new one."
-                )
+                raise refuse("wrong_state", "The endpoint is disabled; enable it first.")
             count = await deliveries.replay(
                 conn,
                 endpoint_id,
@@ -261,6 +259,37 @@ async def replay(endpoint_id: EndpointPath, body: ReplayIn, post: AdminPosts) ->
             return await change.done(
                 Answer(202, {"id": endpoint_id, "replayed": count}), "webhook.replay", detail=detail
             )
+
+    return await post.once(effect, body)
+
+
+class EnableOut(Out):
+    id: str
+    due: int = Field(
+        description="deliveries that had been given up and are due again; newer events follow by themselves"
+    )
+
+
+@router.post(
+    WEBHOOKS + "/{endpoint_id}/enable",
+    status_code=202,
+    response_model=EnableOut,
+    responses={**WRITE, **refusals("wrong_state", "key_reused")},
+    summary="Tell a disabled endpoint again",
+)
+async def enable(endpoint_id: EndpointPath, post: AdminPosts, body: Body | None = None) -> Response:
+    """It is pushed what it missed of the last 72 h (`FAIRDROP_WEBHOOK_RETRY_FOR_S`); what is older, by a replay."""
+    desk = post.desk
+
+    async def effect(change: Change) -> Answer:
+        async with change.step() as conn:
+            if await operators.endpoint(conn, endpoint_id) is None:
+                raise refuse("no_such_webhook")
+            due = await deliveries.enable(conn, endpoint_id, desk.settings.webhook_retry_for_s)
+            if due is None:
+                raise refuse("wrong_state", "The endpoint is not disabled.")
+            found = {"id": endpoint_id, "due": due}
+            return await change.done(Answer(202, found), "webhook.enable", detail=found)
 
     return await post.once(effect, body)
 

@@ -56,6 +56,28 @@ async def put_secrets(conn: AsyncConnection, endpoint: str, secret: bytes, befor
     )
 
 
+async def sealed_answers(conn: AsyncConnection, after: tuple[str, str], limit: int) -> list[Row]:
+    """Locked: answers behind `after` (actor, key) that hold sealed secrets, in order. The Base64 of their seal."""
+    found = await conn.execute(
+        text(
+            "SELECT actor, key, response->>'sealed' AS sealed FROM idempotency WHERE response->>'sealed' IS NOT NULL"
+            " AND (actor, key) > (:actor, :key) ORDER BY actor, key LIMIT :limit FOR UPDATE"
+        ),
+        {"actor": after[0], "key": after[1], "limit": limit},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def put_answer(conn: AsyncConnection, actor: str, key: str, sealed: str) -> None:
+    await conn.execute(
+        text(
+            "UPDATE idempotency SET response = jsonb_set(response, '{sealed}', to_jsonb(CAST(:sealed AS text)))"
+            " WHERE actor = :actor AND key = :key"
+        ),
+        {"actor": actor, "key": key, "sealed": sealed},
+    )
+
+
 async def remove_old(conn: AsyncConnection, keep_days: int, limit: int) -> tuple[str, int] | None:
     """Remove up to `limit` contacts of one sale that settled `keep_days` ago. (sale, how many); None: there is none.
 

@@ -3,7 +3,8 @@
 endpoint asked for, from the feed's positions: what the feed shows is pushed, whatever crashes in between.
 
 due ──► delivered (it answered 2xx)
- └────► failed (nobody took it in time, the endpoint is gone or was deleted); a replay makes it due again
+ └────► failed (nobody took it in time, the endpoint is gone or was deleted); a replay makes it due again, and so does
+                enabling an endpoint again, for what was given up because of it
 """
 
 from __future__ import annotations
@@ -171,6 +172,36 @@ async def disable(conn: AsyncConnection, endpoint: str, why: str) -> bool:
         {"id": endpoint, "why": why},
     )
     return found.first() is not None
+
+
+async def enable(conn: AsyncConnection, endpoint: str, keep_trying_s: float) -> int | None:
+    """Tell a disabled endpoint again, and what it missed of the last `keep_trying_s`. None: it is not disabled.
+
+    Returns how many deliveries that were given up are due again. Events that came since it was disabled get theirs from
+    the next spread, for `told_to` stood still; it is moved only over those that are too old.
+    """
+    given = {"id": endpoint, "keep": float(keep_trying_s)}
+    found = await conn.execute(
+        text(
+            "UPDATE webhook_endpoint SET disabled_at = NULL, disabled_why = NULL, told_to = greatest(told_to,"
+            " (SELECT max(position) FROM event WHERE at < now() - make_interval(secs => :keep)))"
+            " WHERE id = :id AND deleted_at IS NULL AND disabled_at IS NOT NULL RETURNING id"
+        ),
+        given,
+    )
+    if found.first() is None:
+        return None
+    again = await conn.execute(
+        text(
+            "UPDATE webhook_delivery AS d SET state = 'due', status = NULL, code = NULL, ended_at = NULL, tries = 0,"
+            " next_at = now(), expires_at = now() + make_interval(secs => :keep), leased_until = NULL,"
+            " generation = d.generation + 1 FROM event e WHERE d.endpoint = :id AND e.id = d.event"
+            " AND e.at >= now() - make_interval(secs => :keep)"
+            " AND (d.state = 'due' OR (d.state = 'failed' AND d.code LIKE 'endpoint\\_%'))"
+        ),
+        given,
+    )
+    return int(again.rowcount)
 
 
 async def sweep(conn: AsyncConnection, keep_s: float, limit: int) -> tuple[int, int]:

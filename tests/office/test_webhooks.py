@@ -93,14 +93,31 @@ async def test_unknown_deleted_and_disabled_endpoints_and_other_roles(office: Of
     body = {"after": "2026-11-11T00:00:00Z"}
     operator = await office.key_of("operator")
     made = await make(office)
-    for action, sent in (("rotate", {}), ("replay", body)):
+    for action, sent in (("rotate", {}), ("replay", body), ("enable", {})):
         path = f"/v1/admin/webhooks/{made['id']}/{action}"
         assert (await office.post(path, sent, key=operator)).status_code == 403
         assert (await office.post(f"/v1/admin/webhooks/wh_nobody/{action}", sent)).status_code == 404
+    working = await office.post(f"/v1/admin/webhooks/{made['id']}/enable")
+    assert (working.status_code, working.json()["code"]) == (409, "wrong_state")
     await office.sql("UPDATE webhook_endpoint SET disabled_at = now(), disabled_why = 'gone'")
     refused = await office.post(f"/v1/admin/webhooks/{made['id']}/replay", body)
     assert (refused.status_code, refused.json()["code"]) == (409, "wrong_state")
     assert (await office.get("/v1/admin/webhooks")).json()["data"][0]["disabled_why"] == "gone"
     await office.delete(f"/v1/admin/webhooks/{made['id']}")
-    for action, sent in (("rotate", {}), ("replay", body)):
+    for action, sent in (("rotate", {}), ("replay", body), ("enable", {})):
         assert (await office.post(f"/v1/admin/webhooks/{made['id']}/{action}", sent)).status_code == 404
+
+
+async def test_an_endpoint_is_enabled_once_for_each_key_and_in_the_journal(office: Office) -> None:
+    made = await make(office)
+    await office.sql("UPDATE webhook_endpoint SET disabled_at = now(), disabled_why = 'gone'")
+    path = f"/v1/admin/webhooks/{made['id']}/enable"
+    assert (await office.post(path, dry_run="true")).status_code == 202
+    assert await office.sql("SELECT 1 FROM webhook_endpoint WHERE disabled_at IS NOT NULL")
+    enabled = await office.post(path, idem="e")
+    assert (enabled.status_code, enabled.json()) == (202, {"id": made["id"], "due": 0})
+    assert (await office.post(path, idem="e")).json() == enabled.json()
+    listed = (await office.get("/v1/admin/webhooks")).json()["data"][0]
+    assert listed["disabled_at"] is None and listed["disabled_why"] is None
+    noted = (await office.get("/v1/admin/journal")).json()["data"]
+    assert [one["action"] for one in noted].count("webhook.enable") == 1

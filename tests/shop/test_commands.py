@@ -39,5 +39,9 @@ async def test_an_endpoint_is_made_rotated_replayed_listed_and_deleted(office: O
     assert (await fairdrop("webhooks", "replay", name, "--after", "yesterday", office=office)).status == 1
     listed = await fairdrop("webhooks", "list", office=office)
     assert listed.status == 0 and "https://shop.example/hook" in listed.out and "whsec_" not in listed.out
+    assert (await fairdrop("webhooks", "enable", name, office=office)).status == 1  # it is not disabled
+    await office.sql("UPDATE webhook_endpoint SET disabled_at = now(), disabled_why = 'gone'")
+    enabled = await fairdrop("webhooks", "enable", name, "--json", office=office)
+    assert (enabled.status, enabled.json) == (0, {"id": name, "due": 1}), enabled.err
     assert (await fairdrop("webhooks", "delete", name, office=office)).status == 0
     assert (await fairdrop("webhooks", "delete", name, office=office)).status == 1

@@ -279,6 +279,37 @@ async def test_410_disables_the_endpoint_and_nothing_more_is_sent(
     assert len(ear.heard) == 1
 
 
+async def test_an_endpoint_that_is_enabled_again_is_told_what_it_missed_of_72_hours(
+    engine: AsyncEngine, pusher: Pusher, ear: Ear
+) -> None:
+    ear.answer = lambda n: status(410)
+    name = await endpoint(engine, ear.url)
+    await happen(engine, "given-up", "too-old-by-now")
+    await pusher.spread()
+    async with engine.begin() as conn:
+        assert await deliveries.enable(conn, name, 259_200) is None  # it is not disabled
+        assert await deliveries.disable(conn, name, "gone")
+    await pusher.sweep()
+    await happen(engine, "long-ago", "while-away")  # no delivery is made while it is disabled
+    await pusher.spread()
+    assert await states(engine) == ["failed"] * 2
+    async with engine.begin() as conn:
+        await conn.execute(
+            text(
+                "UPDATE event SET at = now() - interval '73 h' WHERE order_no IN ('too-old-by-now', 'long-ago')"
+            )
+        )
+        assert await deliveries.enable(conn, name, 259_200) == 1
+    ear.answer = lambda n: status(204)
+    while await pusher.spread():
+        pass
+    while await push_once(pusher):
+        pass
+    told = [msgspec.json.decode(body)["data"]["order_no"] for _, body in ear.heard]
+    assert sorted(told) == ["given-up", "while-away"]
+    assert sorted(await states(engine)) == ["delivered", "delivered", "failed"]
+
+
 async def test_a_dead_address_is_left_alone_by_its_breaker_and_holds_up_no_other(
     engine: AsyncEngine, pusher: Pusher, ear: Ear
 ) -> None:
