@@ -12,6 +12,7 @@ FORMAT = 1  # version of key layout, stream entries and status values; release N
 SALES = "fairdrop:sales"  # hash: sale id -> JSON {"state_version": int}; which sales a front door must watch
 PROVIDERS = "fairdrop:providers"  # hash: provider -> JSON breaker state, written by workers once a second
 PROVIDER_MODES = "fairdrop:provider_modes"  # hash: provider -> auto|forced_open|disabled|metrics_only
+PROVIDER_ROUTES = "fairdrop:provider_routes"  # hash: `sms` or `payment:<channel>` -> JSON {supplier: weight}
 ADVICE = "fairdrop:advice"  # hash: sale id -> reason of a slowdown, shown on the board
 GROUP = "workers"  # consumer group of `orders` and `asks`
 
@@ -55,7 +56,7 @@ class SaleKeys:
 
 # The leaked-key check of the tests: a key that matches none of these was made by mistake.
 KNOWN = re.compile(
-    r"fairdrop:(sales|providers|provider_modes|advice)"
+    r"fairdrop:(sales|providers|provider_modes|provider_routes|advice)"
     r"|\{sale:[a-z0-9][a-z0-9-]{0,47}\}:"
     r"(sale|stock|buyers|orders|asks|status|contact|(item|line|outcome|drawn|left):[A-Za-z0-9._-]{1,64}|rate:[a-z_]+:.+)"
 )

@@ -222,6 +222,9 @@ class Settings(BaseSettings):
     payment_provider: str = Field("sandbox", description="payment supplier")
     sms_provider: str = Field("sandbox", description="SMS supplier")
     sandbox_url: str = Field("http://127.0.0.1:8083", description="address of the sandbox supplier")
+    sandbox_2_url: str = Field(
+        "", description="address of a second sandbox, the supplier `sandbox-2`: to see how one stands in"
+    )
     sandbox_public_url: str = Field(
         "", description="where buyers reach the sandbox's pay page; empty: sandbox_url"
     )
@@ -234,11 +237,24 @@ class Settings(BaseSettings):
 
     payment_also: str = Field(
         "",
-        description="comma-separated further payment suppliers, in order: stripe, alipay, wechat-pay, sandbox",
+        description="comma-separated further payment suppliers, in order: stripe, alipay, wechat-pay,"
+        " sandbox, sandbox-2",
     )
     sms_also: str = Field(
         "",
-        description="comma-separated further SMS suppliers, in order: aliyun-sms, tencent-sms, twilio, sandbox",
+        description="comma-separated further SMS suppliers, in order: aliyun-sms, tencent-sms, twilio,"
+        " sandbox, sandbox-2",
+    )
+
+    payment_routes: str = Field(
+        "",
+        description="JSON: suppliers of a payment channel, in order, with their weights (0: backup)"
+        ' {"card": {"stripe": 3, "sandbox": 0}}; other channels: the first supplier that knows them',
+    )
+    sms_route: str = Field(
+        "",
+        description='JSON: SMS suppliers in order, with their weights (0: backup) {"twilio": 1, "sandbox-sms": 0};'
+        " empty: sms_provider, then sms_also",
     )
 
     # Stripe: docs.stripe.com/keys

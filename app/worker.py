@@ -35,7 +35,7 @@ from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
 from app.ledger import events
-from app.providers import published
+from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
 from app.purchase.admit import Admitter, Course
@@ -297,7 +297,7 @@ class Worker:
         self.providers = providers or open_providers(settings)
         self.admitter = Admitter(self.link, self.scripts, settings)
         self.course = Course(self.engine, self.link, self.scripts, self.admitter)
-        self.confirmer = Confirmer(self.engine, self.link, self.scripts, settings)
+        self.confirmer = Confirmer(self.engine, self.link, self.scripts, settings, self.providers.payment_now)
         self.confirming = ConfirmLoop(
             Streams(self.reading, self.consumer, lambda sale: SaleKeys(sale).orders),
             self.confirmer,
@@ -325,7 +325,7 @@ class Worker:
             channel=ask.channel,
             return_url=ask.return_url,
             payer=ask.payer,
-            settings=self.settings,
+            providers=self.providers,
         )
 
     async def number_events(self) -> bool:
@@ -376,6 +376,7 @@ class Worker:
                     ("tell", lambda: tell.run(self.engine, self.providers, s, self.stopping)),
                     ("push", lambda: push.run(self.engine, s, self.stopping)),
                     ("providers", lambda: published.run(self.link, self.providers, s, self.stopping)),
+                    ("routes", lambda: routes.run(self.link, self.providers.routes, self.stopping)),
                 ):
                     loop(name, work, 0.1)
                 await self.stopping.wait()

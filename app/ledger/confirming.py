@@ -8,7 +8,7 @@ lock of the item (which everyone wants) is held for one round trip and the commi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -164,7 +164,7 @@ async def write_beside(
     orders: Sequence[NewOrder],
     terms: Terms,
     *,
-    provider: str,
+    supplier: Callable[[str, str], str],
     sms_by: datetime,
 ) -> None:
     """What belongs to new orders: their lines, the shop's events, the buyers' SMS, the first payment attempts."""
@@ -206,7 +206,7 @@ async def write_beside(
                     f"{o.order_no}-1",
                     o.order_no,
                     1,
-                    provider,
+                    supplier(terms.default_channel, o.order_no),
                     terms.default_channel,
                     "created",
                     o.amount_minor,

@@ -176,6 +176,10 @@ class PaymentProvider(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def channels(self) -> Sequence[str]:
+        """The channels it knows besides its own name. Any other that is routed to it means its usual way to pay."""
+
     async def create(self, wanted: LinkWanted) -> Answer[Link]:
         """Make a payment possible. Refused("closed"): this attempt id was closed before. Idempotent by attempt id."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from pydantic import SecretStr
@@ -12,6 +13,7 @@ from app.providers.alipay import Alipay
 from app.providers.aliyun_sms import AliyunSms
 from app.providers.guard import Guard, GuardedPayment, GuardedSms, GuardRules
 from app.providers.payment import PaymentProvider
+from app.providers.routes import Routes
 from app.providers.sandbox_adapter import SandboxPayment, SandboxSms
 from app.providers.sms import SmsProvider
 from app.providers.stripe import Stripe
@@ -24,20 +26,26 @@ from app.settings import Settings
 
 @dataclass(slots=True)
 class Providers:
-    """The suppliers in use, in order of preference."""
+    """The suppliers in use, in order of preference, and the routes that lead to them."""
 
     payment: dict[str, GuardedPayment] = field(default_factory=dict)
     sms: dict[str, GuardedSms] = field(default_factory=dict)
+    routes: Routes = field(default_factory=lambda: Routes({}, ()))
 
-    def for_channel(self, channel: str) -> GuardedPayment | None:
-        """The supplier of a buyer's channel: one of that name, one that knows it, else the preferred one."""
-        named = self.payment.get(channel)
-        if named is not None:
-            return named
-        for payment in self.payment.values():
-            if channel in getattr(payment.adapter, "channels", ()):
-                return payment
-        return next(iter(self.payment.values()), None)
+    def payment_for(self, channel: str, key: str, but: Collection[str] = ()) -> str | None:
+        """The supplier that a new payment goes to: the first of its route whose breaker is not open, `but` left out.
+
+        None: there is none such now.
+        """
+        for name in self.routes.order("payment", channel, key):
+            if name not in but and self.payment[name].guard.breaker.retry_in_ms() == 0:
+                return name
+        return None
+
+    def payment_now(self, channel: str, key: str) -> str:
+        """The same, and the first of the route where none is well: the payment waits for it."""
+        found = self.payment_for(channel, key)
+        return self.routes.order("payment", channel, key)[0] if found is None else found
 
     def guards(self) -> list[Guard]:
         return [
@@ -63,8 +71,8 @@ def guard_rules(settings: Settings) -> GuardRules:
     )
 
 
-PAYMENT = ("sandbox", "stripe", "alipay", "wechat-pay")
-SMS = ("sandbox", "aliyun-sms", "tencent-sms", "twilio")
+PAYMENT = ("sandbox", "sandbox-2", "stripe", "alipay", "wechat-pay")
+SMS = ("sandbox", "sandbox-2", "aliyun-sms", "tencent-sms", "twilio")
 
 
 def open_providers(settings: Settings) -> Providers:
@@ -80,6 +88,12 @@ def open_providers(settings: Settings) -> Providers:
     for word in _words(settings.sms_provider, settings.sms_also):
         sms = _sms(word, settings)
         providers.sms[sms.name] = GuardedSms(sms, Guard(sms.name, "sms", rules))
+    providers.routes = Routes(
+        {name: payment.adapter.channels for name, payment in providers.payment.items()},
+        list(providers.sms),
+        payment_routes=settings.payment_routes,
+        sms_route=settings.sms_route,
+    )
     return providers
 
 
@@ -90,10 +104,13 @@ def _words(first: str, also: str) -> list[str]:
 def _payment(word: str, settings: Settings) -> PaymentProvider:
     deadline_s, connections_max = settings.provider_deadline_s, settings.provider_concurrency
     match word:
-        case "sandbox":
-            secret = _sandbox_secret(settings)
+        case "sandbox" | "sandbox-2":
             return SandboxPayment(
-                settings.sandbox_url, secret, deadline_s=deadline_s, connections_max=connections_max
+                _sandbox_url(word, settings),
+                _sandbox_secret(settings),
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                name=word,
             )
         case "stripe":
             _need(settings, "stripe_key", "stripe_hook_secrets")
@@ -146,10 +163,13 @@ def _payment(word: str, settings: Settings) -> PaymentProvider:
 def _sms(word: str, settings: Settings) -> SmsProvider:
     deadline_s, connections_max = settings.provider_deadline_s, settings.provider_concurrency
     match word:
-        case "sandbox":
-            secret = _sandbox_secret(settings)
+        case "sandbox" | "sandbox-2":
             return SandboxSms(
-                settings.sandbox_url, secret, deadline_s=deadline_s, connections_max=connections_max
+                _sandbox_url(word, settings),
+                _sandbox_secret(settings),
+                deadline_s=deadline_s,
+                connections_max=connections_max,
+                name=word.replace("sandbox", "sandbox-sms"),
             )
         case "aliyun-sms":
             _need(
@@ -198,6 +218,13 @@ def _sms(word: str, settings: Settings) -> SmsProvider:
     raise CannotStart(
         f"FAIRDROP_SMS_PROVIDER: there is no SMS supplier {word!r}; there are: {', '.join(SMS)}"
     )
+
+
+def _sandbox_url(word: str, settings: Settings) -> str:
+    if word == "sandbox":
+        return settings.sandbox_url
+    _need(settings, "sandbox_2_url")
+    return settings.sandbox_2_url
 
 
 def _sandbox_secret(settings: Settings) -> str:

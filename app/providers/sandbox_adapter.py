@@ -147,11 +147,14 @@ def _captured(payment: _Payment) -> Captured | None:
 
 
 class SandboxPayment:
-    """Payment through the sandbox."""
+    """Payment through the sandbox. name: of one of several."""
 
-    name = "sandbox"
+    channels = ("sandbox", "sandbox-qr")
 
-    def __init__(self, url: str, secret: str, *, deadline_s: float, connections_max: int) -> None:
+    def __init__(
+        self, url: str, secret: str, *, deadline_s: float, connections_max: int, name: str = "sandbox"
+    ) -> None:
+        self.name = name
         self._secrets = sandbox_wire.secrets_of(secret)
         self._calls = _Calls(url, secret, deadline_s=deadline_s, connections_max=connections_max)
 
@@ -293,11 +296,12 @@ class SandboxPayment:
 
 
 class SandboxSms:
-    """SMS through the sandbox: into its log."""
+    """SMS through the sandbox: into its log. name: of one of several."""
 
-    name = "sandbox-sms"
-
-    def __init__(self, url: str, secret: str, *, deadline_s: float, connections_max: int) -> None:
+    def __init__(
+        self, url: str, secret: str, *, deadline_s: float, connections_max: int, name: str = "sandbox-sms"
+    ) -> None:
+        self.name = name
         self._calls = _Calls(url, secret, deadline_s=deadline_s, connections_max=connections_max)
 
     async def send(self, text: Text) -> Answer[Sent]:

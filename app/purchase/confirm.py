@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, assert_never
@@ -117,6 +117,9 @@ class Confirmer:
     link: Link
     scripts: Scripts
     settings: Settings
+    supplier: Callable[[str, str], str] | None = (
+        None  # of a payment channel, for an order's number; None: the preferred
+    )
 
     def __post_init__(self) -> None:
         self._keys = sealing_keys(self.settings.pii_keys.get_secret_value())
@@ -355,7 +358,7 @@ class Confirmer:
             conn,
             new,
             terms,
-            provider=self.settings.payment_provider,
+            supplier=self.supplier or (lambda _channel, _order_no: self.settings.payment_provider),
             sms_by=terms.now + timedelta(seconds=self.settings.sms_ttl_s),
         )
 

@@ -474,7 +474,7 @@ async def start_attempt(
     channel: str,
     return_url: str | None,
     payer: Mapping[str, Any] | None,
-    settings: Settings,
+    providers: Providers,
 ) -> bool:
     """The buyer gets a link, or a new one for one that has ended or goes elsewhere. False: nothing to do, or too late.
 
@@ -487,7 +487,7 @@ async def start_attempt(
     if order["pay_by"] is not None and order["pay_by"] - now < timedelta(seconds=LINK_LIFE_MIN_S):
         return False
     asked: dict[str, Any] = {
-        "provider": settings.payment_provider,
+        "provider": providers.payment_now(channel, order_no),
         "channel": channel,
         "return_url": return_url,
         "payer": payer,

@@ -51,7 +51,7 @@ class Money:
                 channel=ask.channel,
                 return_url=ask.return_url,
                 payer=ask.payer,
-                settings=settings,
+                providers=providers,
             ),
         )
 

@@ -92,7 +92,7 @@ async def _attempts_are(till: Money, number: str, wanted: Any) -> bool:
 async def _ask(till: Money, number: str, channel: str = "sandbox") -> bool:
     async with till.engine.begin() as conn:
         return await pay.start_attempt(
-            conn, number, channel=channel, return_url=None, payer=None, settings=till.settings
+            conn, number, channel=channel, return_url=None, payer=None, providers=till.providers
         )
 
 
