@@ -200,7 +200,7 @@ def free_port() -> int:
 def limit_server(name: str, workers: int, server: str) -> Iterator[tuple[int, list[int]]]:
     """R1 or R2 on the same server program as the front; yields its port and processes."""
     port = free_port()
-    app = f"loadtest.limits:{name}"
+    app = f"loadtest.peers.limits:{name}"
     if server == "granian":
         command = [
             sys.executable,

@@ -1,0 +1,188 @@
+"""Goals 1, 4 and 5: what a join, a sold-out answer, a poll and the board cost the front door alone, against R1 and R2.
+
+No worker runs: what is measured is HTTP, the front's own work and Redis with appendfsync always.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+
+from loadtest.bench.requests import Joins, Repeated, ask_all, request
+from loadtest.bench.rounds import Course, Measure, Subject
+from loadtest.bench.stack import Server, Shopfront
+
+SAMPLE = 2_000  # tickets that are polled, buyers who are told sold out
+OPENS_IN_S = 2.5  # of the sale with a draw: its sample joins before
+JOINS_PER_S_MAX = 40_000  # no server here reaches it: a round does not run out of buyers
+
+# key, name, statuses that are right
+SUBJECTS: dict[str, str] = {
+    "r1": "R1: empty raw-ASGI POST",
+    "r2": "R2: empty FastAPI POST with a model",
+    "join": "join with a pass: a unit is claimed",
+    "wait": "join with a pass: a place in the line",
+    "sold-out": "join with a pass: sold out",
+    "poll": "poll of a waiting ticket",
+    "drawn": "poll of a waiting ticket that was drawn",
+    "board": "board, If-None-Match (304)",
+    "board-200": "board, whole (200)",
+}
+DEFAULT = ("r1", "r2", "join", "sold-out", "poll", "drawn", "board")
+
+
+class Sales:
+    """The sales that the subjects are about, published once."""
+
+    def __init__(self, shop: Shopfront) -> None:
+        self.shop = shop
+        self.polls: dict[str, list[bytes]] = {}
+
+    async def prepare(self, port: int) -> None:
+        shop = self.shop
+        self.claims = await shop.publish("claims", units=1_000_000_000)
+        self.line = await shop.publish("line", units=1, standby=True)
+        gone = await shop.publish("gone", units=1)
+        drawn = await shop.publish("drawn", units=1, standby=True, opens_in_s=OPENS_IN_S, rate_milli=1)
+        opens_at = time.monotonic() + OPENS_IN_S
+        await known(port, "drawn")
+        early = await ask_all(port, drawn.take(SAMPLE))
+        await ask_all(port, self.line.take(1))  # takes the unit
+        waiting = await ask_all(port, self.line.take(SAMPLE))
+        self.polls["poll"] = polls_of(waiting)
+        await ask_all(port, gone.take(1))
+        self.gone = gone.take(SAMPLE)
+        await asyncio.sleep(max(0.0, opens_at - time.monotonic()) + 0.1)
+        await shop.advance("drawn")
+        await asyncio.sleep(0.5)  # every front has seen it: it looks ten times a second
+        self.polls["drawn"] = polls_of(early)
+        # As many bytes as a join has: the limit reads them too.
+        self.same = self.claims.make().replace(b"/v1/sales/claims/tickets", b"/r2", 1)
+
+
+def polls_of(tickets: Sequence[dict[str, str]]) -> list[bytes]:
+    return [request("GET", f"/v1/tickets/{one['ticket']}") for one in tickets]
+
+
+async def known(port: int, sale: str) -> None:
+    """Return when the front on this port has seen the sale."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            await ask_all(port, [request("GET", f"/v1/sales/{sale}/board")], 1)
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.05)
+
+
+async def etag_of(port: int, path: str) -> bytes:
+    """The validator of a document, for If-None-Match."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request("GET", path))
+        head = await reader.readuntil(b"\r\n\r\n")
+    finally:
+        writer.close()
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"etag":
+            return value.strip()
+    raise RuntimeError(f"{path} has no ETag")
+
+
+class Door:
+    """R1, R2 and one kind of front door, on one server program, and the subjects measured on them."""
+
+    def __init__(self, shop: Shopfront, sales: Sales, front: Server, r1: Server, r2: Server) -> None:
+        self.shop = shop
+        self.sales = sales
+        self.front = front
+        self.r1 = r1
+        self.r2 = r2
+
+    def subject(self, key: str, seconds: float) -> Subject:
+        """One of SUBJECTS; seconds: of a round, so that enough buyers are ready."""
+        sales, shop = self.sales, self.shop
+        ours = {"api": self.front.pids, "redis": [shop.valkey.pid]}
+        same = Repeated([sales.same])
+        name = SUBJECTS[key]
+        ok = frozenset({200})
+
+        def joins(supply: Joins, sale: str) -> Subject:
+            async def ready() -> None:
+                supply.prepare(int(seconds * JOINS_PER_S_MAX))
+
+            async def forget() -> None:
+                await shop.forget_orders(sale)
+
+            subject = Subject(key, name, self.front.port, ours, supply, frozenset({202}), ready)
+            if sale == "claims":
+                subject.after = forget
+            return subject
+
+        match key:
+            case "r1":
+                return Subject(key, name, self.r1.port, {"api": self.r1.pids}, same, ok)
+            case "r2":
+                return Subject(key, name, self.r2.port, {"api": self.r2.pids}, same, ok)
+            case "join":
+                return joins(sales.claims, "claims")
+            case "wait":
+                return joins(sales.line, "line")
+            case "sold-out":
+                return Subject(key, name, self.front.port, ours, Repeated(sales.gone), ok)
+            case "poll" | "drawn":
+                return Subject(key, name, self.front.port, ours, Repeated(sales.polls[key]), ok)
+            case "board" | "board-200":
+                path, board = "/v1/sales/claims/board", Repeated([b""])
+                found = Subject(key, name, self.front.port, ours, board, ok)
+                if key == "board":
+                    found.expects = frozenset({304})
+
+                async def renew() -> None:
+                    tag = b"If-None-Match: %b\r\n" % await etag_of(self.front.port, path)
+                    board.requests = [request("GET", path, tag if key == "board" else b"")]
+
+                found.before = renew
+                return found
+            case _:
+                raise ValueError(key)
+
+
+@asynccontextmanager
+async def doors(shop: Shopfront, sales: Sales, server: str, workers: int) -> AsyncIterator[Door]:
+    """R1, R2 and a front on this server program with so many processes each."""
+    front = await shop.front(server, workers)
+    if not hasattr(sales, "claims"):
+        await sales.prepare(front.port)
+    else:
+        await known(front.port, "claims")
+    r1 = await shop.peer("limits:r1", server, workers)
+    r2 = await shop.peer("limits:r2", server, workers, "/r2")
+    try:
+        yield Door(shop, sales, front, r1, r2)
+    finally:
+        for one in (front, r1, r2):
+            shop.drop(one)
+
+
+async def measure(
+    shop: Shopfront,
+    sales: Sales,
+    server: str,
+    workers: int,
+    keys: Collection[str],
+    connections: Sequence[int],
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
+) -> dict[tuple[str, int], Course]:
+    """The courses of these subjects on one server program; R1 and R2 are always among them."""
+    wanted = [key for key in SUBJECTS if key in {"r1", "r2"} or key in keys]
+    async with doors(shop, sales, server, workers) as door:
+        subjects = [door.subject(key, seconds) for key in wanted]
+        return await Measure(seconds, shop.numbers, say).interleaved(subjects, connections, rounds)
