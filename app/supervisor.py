@@ -638,7 +638,8 @@ def run_fronts(settings: Settings, host: str, port: int) -> None:
 
     before = {sig: signal.signal(sig, on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
     count = settings.front_workers
-    environment = {**os.environ, "FAIRDROP_FRONT_WORKERS": "1"}
+    # What an option has said must reach the children too: they are given the environment, not the command line.
+    environment = {**os.environ, "FAIRDROP_FRONT_WORKERS": "1", "FAIRDROP_SERVER": settings.server}
     metrics_dir = Path(os.environ.get(MULTIPROCESS_DIR) or tempfile.mkdtemp(prefix="fairdrop-metrics-"))
     prepare_metrics(metrics_dir)
     environment[MULTIPROCESS_DIR] = str(metrics_dir)

@@ -23,7 +23,7 @@ import jwt
 import psutil
 import pytest
 
-from app.embedded import Valkey
+from app.embedded import Valkey, free_port
 from app.supervisor import answers
 from tests.conftest import Stores
 
@@ -496,6 +496,42 @@ def test_a_front_of_several_processes_is_one_to_the_outside(tmp_path: Path, redi
         front.terminate()
         assert front.wait(30) == 0, log.read_text()
         assert not second.is_running()
+    finally:
+        if front.poll() is None:
+            front.kill()
+            front.wait()
+
+
+def test_a_front_of_several_processes_runs_on_the_server_that_was_asked_for(
+    tmp_path: Path, redis_url: str
+) -> None:
+    env = {
+        **os.environ, "FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DRAIN_S": "0", "FAIRDROP_SIGNING_KEYS": "s" * 40,
+        "FAIRDROP_PII_KEYS": "00" * 32, "FAIRDROP_JWT_SECRET": "j" * 40,
+    }  # fmt: skip
+    log, port = tmp_path / "front.log", free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "app.cli",
+        "front",
+        "--port",
+        str(port),
+        "--workers",
+        "2",
+        "--server",
+        "granian",
+    ]
+    with log.open("wb") as out:
+        front = subprocess.Popen(command, cwd=ROOT, env=env, stderr=out, stdout=out)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(url))
+        said = {httpx.get(url + "/healthz", trust_env=False).headers.get("server") for _ in range(8)}
+        assert said == {"granian"}, log.read_text()
+        assert len(psutil.Process(front.pid).children()) == 2, log.read_text()
+        front.terminate()
+        assert front.wait(30) == 0, log.read_text()
     finally:
         if front.poll() is None:
             front.kill()
