@@ -12,10 +12,10 @@ from app import problems
 from app.challenge import Challenges
 from app.door import pages, passes, probes, sales, tickets
 from app.door.counts import Counts
+from app.door.hot import HotRoutes
 from app.errors import CannotStart
 from app.identity import Identity
-from app.purchase.accept import Accept, Door
-from app.purchase.claim import Claims
+from app.purchase.accept import Door
 from app.purchase.track import Streams, Tracker
 from app.resources import release
 from app.sale.public import PublicDocuments
@@ -36,7 +36,7 @@ repeated unchanged after a lost reply, 429 or 503. Unknown states mean: keep pol
 """
 
 
-def create_app(settings: Settings) -> Accept:
+def create_app(settings: Settings) -> HotRoutes:
     """The front door as an ASGI application. CannotStart: a secret or address is missing or bad."""
     ring = Keyring(signing_keys(settings.signing_keys.get_secret_value()))
     seal_keys = sealing_keys(settings.pii_keys.get_secret_value())
@@ -50,10 +50,9 @@ def create_app(settings: Settings) -> Accept:
     scripts = Scripts(link)
     snapshots = Snapshots(link, settings)
     tracker = Tracker(settings, link, ring, snapshots)
-    claims = Claims(settings, scripts, snapshots)
     streams = Streams(settings, tracker, snapshots)
     documents = PublicDocuments(snapshots, settings.poll_min_ms, settings.poll_max_ms)
-    door = Door(settings, snapshots, ring, identity, tracker, claims, streams, documents, link, scripts)
+    door = Door(settings, snapshots, ring, identity, tracker, streams, documents, link, scripts)
     counts = Counts(door)
     ticks = 0
 
@@ -61,7 +60,7 @@ def create_app(settings: Settings) -> Accept:
         nonlocal ticks
         ticks += 1
         if ticks % FORGET_EVERY_TICKS == 0:
-            claims.forget()
+            door.claims.forget()
             documents.forget(view.id for view in snapshots)
 
     snapshots.on_tick += [counts, forget]
@@ -76,7 +75,7 @@ def create_app(settings: Settings) -> Accept:
             streams.drain()
             with contextlib.suppress(TimeoutError):  # what is left is answered 503 when the link closes
                 async with asyncio.timeout(settings.redis_deadline_s):
-                    await claims.drain()
+                    await door.claims.drain()
                     await tracker.drain()
             await snapshots.close()
             counts.flush()
@@ -102,4 +101,4 @@ def create_app(settings: Settings) -> Accept:
     problems.install(typed)
     for router in (sales.router, passes.router, tickets.router, probes.router, pages.router):
         typed.include_router(router)
-    return Accept(door, typed, settings, streams.drain)
+    return HotRoutes(door, typed, settings, streams.drain)

@@ -20,10 +20,10 @@ from typing import Any, cast
 import structlog
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import CannotStart
 from app.settings import Settings
+from app.wire import Express, http_protocol
 
 log = structlog.get_logger("serve")
 
@@ -136,81 +136,6 @@ class Lifespan:
                 self._ended.set()
 
 
-def http_protocol(settings: Settings) -> type[HttpToolsProtocol]:
-    """uvicorn's HTTP/1.1 with a limit on the size and the time of a request's head; httptools itself has none."""
-    head_max_bytes = settings.head_max_bytes
-    head_within_s = settings.head_within_s
-
-    class Protocol(HttpToolsProtocol):
-        """Between requests and while a head arrives, `_in_head` is true and bytes are counted."""
-
-        _in_head = True
-        _head_bytes = 0
-        _heads = 0
-        _watch: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._watch = self.loop.call_later(head_within_s, self._look, -1)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._watch is not None:
-                self._watch.cancel()
-            super().connection_lost(exc)
-
-        def _look(self, heads_before: int) -> None:
-            """Close a connection that has been sending one head since the last look, or has sent none at all."""
-            unfinished = self._in_head and (self._head_bytes > 0 or self._heads == 0)
-            if unfinished and (heads_before == self._heads or self._heads == 0):
-                self.transport.close()
-                return
-            self._watch = self.loop.call_later(head_within_s, self._look, self._heads)
-
-        def data_received(self, data: bytes) -> None:
-            if self._in_head:
-                self._head_bytes += len(data)
-            super().data_received(data)
-            if self._in_head and self._head_bytes > head_max_bytes and not self.transport.is_closing():
-                self.transport.write(
-                    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-                    b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-                    % (len(TOO_LARGE), TOO_LARGE)
-                )
-                self.transport.close()
-
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            self._heads += 1
-            if self._head_bytes > head_max_bytes:  # the count may hold body bytes: look exactly
-                size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-                if size > head_max_bytes:
-                    self.app = _head_too_large
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._in_head = True
-            self._head_bytes = 0
-
-    return Protocol
-
-
-TOO_LARGE = (
-    b'{"type":"urn:fairdrop:problem:head_too_large","title":"Headers too large","status":431,"code":"head_too_large",'
-    b'"detail":"Request line and headers are too large.","request_id":"","errors":[]}'
-)
-
-
-async def _head_too_large(_scope: Any, _receive: Any, send: Any) -> None:
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", str(len(TOO_LARGE)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": 431, "headers": headers})
-    await send({"type": "http.response.body", "body": TOO_LARGE})
-
-
 class _Uvicorn(uvicorn.Server):
     """uvicorn with our signals: the first SIGTERM drains."""
 
@@ -241,7 +166,7 @@ async def serve_uvicorn(
 ) -> None:
     config = uvicorn.Config(
         app,
-        http=http_protocol(settings),
+        http=http_protocol(settings, app if isinstance(app, Express) else None),
         ws="none",
         interface="asgi3",
         log_config=None,

@@ -14,7 +14,7 @@ from app.door.respond import door_of, headers_of, respond
 from app.door.shapes import NothingToWaitFor, PayIn, TicketOut
 from app.identity import Caller, missing
 from app.problems import JsonRoute, refusals, refuse, request_id_of
-from app.purchase.accept import Answer, Door, JoinIn
+from app.purchase.accept import Answer, Door, JoinIn, settled
 from app.purchase.track import Seen, Streams, Told, Watch, stale
 from app.sale.snapshot import ItemView, SaleView
 from app.scripts import AlreadyAsked, Asked, Gone, Left, Not, NotWaiting, Old
@@ -42,9 +42,8 @@ _HEADERS = ((b"content-type", b"application/json"), (b"cache-control", b"no-stor
 )  # fmt: skip
 async def join(request: Request, sale: str, wish: JoinIn) -> Response:
     """May be repeated unchanged after a lost reply, 429 or 503: the same buyer gets the same ticket."""
-    return respond(
-        request, await door_of(request).join(sale, headers_of(request), wish.sku, wish.units, wish.again)
-    )
+    given = door_of(request).join(sale, headers_of(request), wish.sku, wish.units, wish.again)
+    return respond(request, await settled(given))
 
 
 @router.get(
@@ -64,7 +63,7 @@ async def newest(request: Request, sale: str) -> Response:
     summary="The ticket now",
 )
 async def poll(request: Request, ticket: str) -> Response:
-    return respond(request, await door_of(request).poll(ticket, headers_of(request)))
+    return respond(request, await settled(door_of(request).poll(ticket, headers_of(request))))
 
 
 # --- changing --------------------------------------------------------------------------------------------------------

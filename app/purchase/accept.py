@@ -1,7 +1,7 @@
-"""The front door: one outermost ASGI function. Hot routes are answered here; everything else goes on to FastAPI.
+"""The front door: what its hot routes do, whoever brings the request (app/door/hot.py, or the typed twins).
 
-Hot: join, poll, board, sale, time, and every CORS preflight. Each has a typed twin in app/door/ that calls the same
-method of `Door`; a test holds both to the same answers. This module knows HTTP; claim.py and track.py do not.
+A join or poll comes back as an `Answer`, or as something to wait for. This module knows HTTP's statuses and headers;
+claim.py and track.py do not.
 """
 
 from __future__ import annotations
@@ -12,51 +12,45 @@ import random
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
 import msgspec
-import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.errors import FairdropError, Refusal
+from app.errors import Refusal
 from app.identity import Caller, Identity, KeysNeeded, missing
-from app.problems import (
-    body_of,
-    body_refusal,
-    headers_of,
-    is_json,
-    new_request_id,
-    refusal_of,
-    refuse,
-    request_id_of,
-)
-from app.purchase.claim import Claims, Reply
+from app.problems import body_refusal, is_json, refuse
+from app.purchase.claim import Claims, Wish
 from app.purchase.track import Streams, Tracker, stale
 from app.sale.public import Document, PublicDocuments, at
 from app.sale.snapshot import ItemView, SaleView, Snapshots
-from app.scripts import Claimed, Conflict, Gone, Has, Link, Old, Scripts, Taken, Turned, Wait, Waits
+from app.scripts import (
+    Claimed,
+    Conflict,
+    Gone,
+    Has,
+    JoinAnswer,
+    Link,
+    Old,
+    Scripts,
+    Taken,
+    Turned,
+    Wait,
+    Waits,
+)
 from app.settings import Settings
 from app.tokens import Keyring, Ticket
 
-log = structlog.get_logger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = Mapping[bytes, bytes]
 
 UNITS_MAX = 100  # as the limit per buyer in a sale's document: more can never be joined for
 SKU_MAX = 64
-PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
 LATENCY_BUCKETS_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 
 _JSON = (b"content-type", b"application/json")
 _NO_STORE = (b"cache-control", b"no-store")
 _SECOND = (b"cache-control", b"public, max-age=1")
-_EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
-_VARY = (b"vary", b"Origin")
-_NO_TICKET = b'{"ticket":null,"state":"sold_out"}'
 
 
 class Answer(NamedTuple):
@@ -67,7 +61,21 @@ class Answer(NamedTuple):
     body: bytes
 
 
+# What is not known yet: gives an Answer, a Refusal (as a value: one buyer's of many), or again something to wait for.
+Later = Awaitable[Any]
+
+
+async def settled(given: Answer | Later) -> Answer:
+    """Wait for an answer as long as it takes. Raises what it was refused with."""
+    while not isinstance(given, Answer):
+        if isinstance(given, Refusal):
+            raise given
+        given = await given
+    return given
+
+
 _TICKET_HEADERS = (_JSON, _NO_STORE)
+_SOLD_OUT = Answer(200, _TICKET_HEADERS, b'{"ticket":null,"state":"sold_out"}')
 
 
 class Join(msgspec.Struct, forbid_unknown_fields=True):
@@ -105,7 +113,6 @@ class Door:
         ring: Keyring,
         identity: Identity,
         tracker: Tracker,
-        claims: Claims,
         streams: Streams,
         documents: PublicDocuments,
         link: Link,
@@ -116,7 +123,7 @@ class Door:
         self.ring = ring
         self.identity = identity
         self.tracker = tracker
-        self.claims = claims
+        self.claims = Claims(settings, scripts, snapshots, self._joined)
         self.streams = streams
         self.link = link
         self.scripts = scripts
@@ -177,7 +184,21 @@ class Door:
 
     # --- join --------------------------------------------------------------------------------------------------------
 
-    async def join(self, sale_id: str, headers: Headers, sku: str, units: int, again: bool) -> Answer:
+    def wish(self, headers: Headers, raw: bytes) -> Join:
+        """The body of a join. Refusals as JsonRoute and JoinIn make them: 400, 415, 422."""
+        if raw and not is_json(headers.get(b"content-type")):
+            raise refuse("not_json")
+        try:
+            wish = _decode_join(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            self.counts["join", "unreadable"] += 1
+            raise body_refusal(JoinIn, raw) from None
+        if not 1 <= wish.units <= UNITS_MAX or not 1 <= len(wish.sku) <= SKU_MAX:
+            self.counts["join", "unreadable"] += 1
+            raise body_refusal(JoinIn, raw)
+        return wish
+
+    def join(self, sale_id: str, headers: Headers, sku: str, units: int, again: bool) -> Later:
         """202 a new ticket; 200 the newest one, or none when there is nothing to wait for. All else is refused."""
         snapshots = self.snapshots
         view = snapshots.get(sale_id)
@@ -186,7 +207,16 @@ class Door:
         try:
             caller = self.identity.caller(headers, sale_id, snapshots.now_ms())
         except KeysNeeded:
-            caller = await self.caller(headers, sale_id)
+            return self._join_with_keys(view, headers, sku, units, again)
+        return self._place(view, caller, sku, units, again)
+
+    async def _join_with_keys(
+        self, view: SaleView, headers: Headers, sku: str, units: int, again: bool
+    ) -> Later:
+        return self._place(view, await self.caller(headers, view.id), sku, units, again)
+
+    def _place(self, view: SaleView, caller: Caller | None, sku: str, units: int, again: bool) -> Later:
+        """Ask for a place for somebody who is known by now."""
         if caller is None:
             raise missing()
         if caller.how != "pass":
@@ -194,23 +224,44 @@ class Door:
         item = view.items.get(sku)
         if item is None:
             raise refuse("no_such_item")
-        buyer_id = caller.buyer_id
-        ticket_hash = self.ring.ticket_hash(sale_id, sku, buyer_id)
-        began = time.perf_counter()
-        reply = await self.claims.join(view, item, (buyer_id, units, again, ticket_hash))
-        took_ms = (time.perf_counter() - began) * 1000
-        self.join_ms[bisect_left(LATENCY_BUCKETS_MS, took_ms)] += 1
-        self.join_ms_sum += took_ms
-        if type(reply) is Waits or type(reply) is Claimed:
-            tracker = self.tracker
-            ticket = Ticket(sale_id, view.epoch, item.position, reply.seq, units, ticket_hash)
-            token = self.ring.ticket_sign(ticket)
-            if type(reply) is Waits:
-                self.counts["join", "waiting"] += 1
-                return Answer(202, _TICKET_HEADERS, tracker.told_joined(token, ticket, view, item).body)
-            self.counts["join", "claimed"] += 1
-            return Answer(202, _TICKET_HEADERS, tracker.told_claimed(token, ticket, view, item).body)
-        return await self._not_new(reply, view, caller)
+        ticket_hash = self.ring.ticket_hash(view.id, sku, caller.buyer_id)
+        return self.claims.join(
+            view, item, ((caller.buyer_id, units, again, ticket_hash), time.perf_counter())
+        )
+
+    def _joined(
+        self,
+        view: SaleView,
+        item: ItemView,
+        wishes: Sequence[Wish],
+        replies: Sequence[JoinAnswer | Old | Gone],
+    ) -> list[Answer | Refusal | Later]:
+        """What a whole batch of buyers is told, each by the reply at the same place."""
+        now = time.perf_counter()
+        join_ms, sign, tracker = self.join_ms, self.ring.ticket_sign, self.tracker
+        sale_id, epoch, position = view.id, view.epoch, item.position
+        answers: list[Answer | Refusal | Later] = []
+        waiting = claimed = 0
+        for ((buyer_id, units, _, ticket_hash), began), reply in zip(wishes, replies, strict=True):
+            took_ms = (now - began) * 1000
+            join_ms[bisect_left(LATENCY_BUCKETS_MS, took_ms)] += 1
+            self.join_ms_sum += took_ms
+            kind = type(reply)
+            if kind is Waits or kind is Claimed:
+                ticket = Ticket(sale_id, epoch, position, reply.seq, units, ticket_hash)  # type: ignore[union-attr]
+                token = sign(ticket)
+                if kind is Waits:
+                    waiting += 1
+                    body = tracker.told_joined(token, ticket, view, item)
+                else:
+                    claimed += 1
+                    body = tracker.told_claimed(token, ticket, view, item)
+                answers.append(Answer(202, _TICKET_HEADERS, body))
+            else:
+                answers.append(self._not_new(reply, view, buyer_id))
+        self.counts["join", "waiting"] += waiting
+        self.counts["join", "claimed"] += claimed
+        return answers
 
     def allowed(self, view: SaleView, caller: Caller) -> None:
         """Refusal 403: the sale wants a pass (`pass_required`) or other buyers (`audience`)."""
@@ -230,30 +281,33 @@ class Door:
         ):
             raise refuse("audience")
 
-    async def _not_new(self, reply: Reply, view: SaleView, caller: Caller) -> Answer:
+    def _not_new(
+        self, reply: JoinAnswer | Old | Gone, view: SaleView, buyer_id: bytes
+    ) -> Answer | Refusal | Later:
         """The answer to a join that gave no new ticket."""
         counts = self.counts
         match reply:
             case Turned("sold_out"):
                 counts["join", "sold_out"] += 1
-                return Answer(200, _TICKET_HEADERS, _NO_TICKET)
+                return _SOLD_OUT
             case Has(sku, seq, units, _):
                 counts["join", "held"] += 1
-                return await self._held(view, sku.decode(), seq, units, caller)
+                return self._held(view, sku.decode(), seq, units, buyer_id)
             case Conflict(sku, seq, units, _):
                 counts["join", "ticket_exists"] += 1
-                token, _ = self.tracker.token_of(
-                    view, self._item(view, sku.decode()), seq, units, caller.buyer_id
-                )
-                raise refuse("ticket_exists", extra={"ticket": token})
+                item = view.items.get(sku.decode())
+                if item is None:
+                    return stale()
+                token, _ = self.tracker.token_of(view, item, seq, units, buyer_id)
+                return refuse("ticket_exists", extra={"ticket": token})
             case Turned(why):
                 counts["join", why] += 1
-                raise self._turned(why, view)
+                return self._turned(why, view)
             case Old() | Gone():
                 counts["join", "old"] += 1
-                raise stale()
+                return stale()
             case Waits() | Claimed():
-                raise AssertionError("a new ticket is answered by join itself")
+                raise AssertionError("a new ticket is answered by _joined itself")
             case _:
                 assert_never(reply)
 
@@ -276,16 +330,11 @@ class Door:
             case _:
                 raise AssertionError(why)
 
-    @staticmethod
-    def _item(view: SaleView, sku: str) -> ItemView:
+    async def _held(self, view: SaleView, sku: str, seq: int, units: int, buyer_id: bytes) -> Answer:
         item = view.items.get(sku)
         if item is None:
             raise stale()  # a sku that this view does not know: a newer epoch than ours
-        return item
-
-    async def _held(self, view: SaleView, sku: str, seq: int, units: int, caller: Caller) -> Answer:
-        item = self._item(view, sku)
-        token, ticket = self.tracker.token_of(view, item, seq, units, caller.buyer_id)
+        token, ticket = self.tracker.token_of(view, item, seq, units, buyer_id)
         told = await self.tracker.told(token, ticket, view, item, True)
         return Answer(200, _TICKET_HEADERS, told.body)
 
@@ -298,11 +347,11 @@ class Door:
         found = await self.tracker.newest(view, caller.buyer_id)
         if found is None:
             raise refuse("no_ticket")
-        return await self._held(view, *found, caller)
+        return await self._held(view, *found, caller.buyer_id)
 
     # --- poll --------------------------------------------------------------------------------------------------------
 
-    async def poll(self, token: str, headers: Headers) -> Answer:
+    def poll(self, token: str, headers: Headers) -> Answer | Later:
         """The ticket. While it waits, neither Redis nor the caller's identity is looked at."""
         tracker = self.tracker
         ticket, view, item = tracker.find(token)
@@ -310,204 +359,27 @@ class Door:
             raise stale()
         told = tracker.told_from_snapshot(token, ticket, view, item)
         if told is None:
-            seen = await tracker.seen(view, item.sku, ticket.seq)
-            if seen is None:
-                raise stale()
-            mine = False
-            if seen.status is not None or seen.ask:
-                caller = await self.caller(headers, view.id)
-                mine = caller is not None and tracker.owns(ticket, item, caller.buyer_id)
-            told = tracker.told_from_redis(token, ticket, view, item, seen, mine)
-            self.counts["poll", "read"] += 1
-        else:
-            self.counts["poll", "counted"] += 1
+            return self._poll_read(token, ticket, view, item, headers)
+        self.counts["poll", "counted"] += 1
+        return Answer(200, _TICKET_HEADERS, told.body)
+
+    async def _poll_read(
+        self, token: str, ticket: Ticket, view: SaleView, item: ItemView, headers: Headers
+    ) -> Answer:
+        """The same, of a ticket whose turn is near or past: as Redis has it."""
+        tracker = self.tracker
+        seen = await tracker.seen(view, item.sku, ticket.seq)
+        if seen is None:
+            raise stale()
+        mine = False
+        if seen.status is not None or seen.ask:
+            caller = await self.caller(headers, view.id)
+            mine = caller is not None and tracker.owns(ticket, item, caller.buyer_id)
+        told = tracker.told_from_redis(token, ticket, view, item, seen, mine)
+        self.counts["poll", "read"] += 1
         return Answer(200, _TICKET_HEADERS, told.body)
 
 
 def _matches(given: bytes, etag: bytes) -> bool:
     """If-None-Match with a list, a weak validator or `*` (RFC 9110)."""
     return any(part.strip().removeprefix(b"W/") in (etag, b"*") for part in given.split(b","))
-
-
-class Origins:
-    """CORS: which pages of other origins may call us. Headers are prebuilt for each allowed origin."""
-
-    def __init__(self, allowed: list[str]) -> None:
-        self.any = "*" in allowed
-        self._prebuilt = {
-            origin.encode(): self._headers(origin.encode()) for origin in allowed if origin != "*"
-        }
-
-    @staticmethod
-    def _headers(origin: bytes) -> list[tuple[bytes, bytes]]:
-        return [(b"access-control-allow-origin", origin), _EXPOSED, _VARY]
-
-    def headers(self, origin: bytes) -> list[tuple[bytes, bytes]]:
-        """What a response to a page of this origin carries; nothing but Vary if it is not allowed."""
-        found = self._prebuilt.get(origin)
-        if found is not None:
-            return found
-        return [(b"access-control-allow-origin", b"*"), _EXPOSED] if self.any else [_VARY]
-
-    def preflight(self, origin: bytes) -> list[tuple[bytes, bytes]]:
-        headers = list(self.headers(origin))
-        if len(headers) > 1:
-            headers += [
-                (b"access-control-allow-methods", b"GET, POST, DELETE"),
-                (
-                    b"access-control-allow-headers",
-                    b"Authorization, Content-Type, X-Request-Id, X-Buyer-Id, If-None-Match",
-                ),
-                (b"access-control-max-age", b"%d" % PREFLIGHT_MAX_AGE_S),
-            ]
-        return headers
-
-
-class Accept:
-    """The outermost ASGI application of the front door.
-
-    typed: the FastAPI application behind it, which can also be run alone: every route is there.
-    state: the state of both; `state.draining = True` (or `drain()`) makes /readyz say so and ends event streams.
-    """
-
-    def __init__(self, door: Door, typed: Any, settings: Settings, on_drain: Callable[[], None]) -> None:
-        self.door = door
-        self.typed = typed
-        self.state = typed.state
-        self._on_drain = on_drain
-        self._origins = Origins(settings.cors_origins)
-        self._cors = bool(settings.cors_origins)
-        self._body_max = settings.body_max_bytes
-
-    def drain(self) -> None:
-        """Say that this process is about to stop: /readyz answers 503, event streams end, requests go on."""
-        self.state.draining = True
-        self._on_drain()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.typed(scope, receive, send)
-            return
-        path: str = scope["path"]
-        method: str = scope["method"]
-        try:
-            if method == "GET":
-                if path.startswith("/v1/tickets/"):
-                    token = path[12:]
-                    if token and "/" not in token:
-                        headers = dict(scope["headers"])
-                        answer = await self.door.poll(token, headers)
-                        await self._send(send, headers, answer)
-                        return
-                elif path.startswith("/v1/sales/"):
-                    sale_id, slash, rest = path[10:].partition("/")
-                    if sale_id:
-                        if rest == "board":
-                            headers = dict(scope["headers"])
-                            await self._send(send, headers, self.door.board(sale_id, headers))
-                            return
-                        if not slash:
-                            headers = dict(scope["headers"])
-                            await self._send(send, headers, self.door.sale(sale_id, headers))
-                            return
-                elif path == "/v1/time":
-                    await self._send(send, dict(scope["headers"]), self.door.time())
-                    return
-            elif method == "POST":
-                if path.startswith("/v1/sales/") and path.endswith("/tickets"):
-                    sale_id = path[10:-8]
-                    if sale_id and "/" not in sale_id:
-                        headers = dict(scope["headers"])
-                        wish = await self._wish(headers, receive)
-                        if wish is None:
-                            return
-                        answer = await self.door.join(sale_id, headers, wish.sku, wish.units, wish.again)
-                        await self._send(send, headers, answer)
-                        return
-            elif method == "OPTIONS":
-                headers = dict(scope["headers"])
-                if self._cors and b"access-control-request-method" in headers and b"origin" in headers:
-                    await self._preflight(send, headers)
-                    return
-        except FairdropError as error:
-            await self._refuse(send, dict(scope["headers"]), refusal_of(error))
-            return
-        except Exception as error:
-            log.exception("hot_route_failed", path_kind=path.count("/"))
-            await self._refuse(send, dict(scope["headers"]), refusal_of(error))
-            return
-        await self._fall_through(scope, receive, send)
-
-    async def _wish(self, headers: Headers, receive: Receive) -> Join | None:
-        """The body of a join; None if the client has gone. Refusals as JsonRoute and JoinIn make them."""
-        limit = self._body_max
-        declared = headers.get(b"content-length")
-        if declared is not None and (not declared.isdigit() or int(declared) > limit):
-            raise refuse("too_large", f"The body is larger than {limit} bytes.")
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        raw: bytes = message.get("body", b"")
-        while message.get("more_body", False):
-            if len(raw) > limit:
-                break
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            raw += message.get("body", b"")
-        if len(raw) > limit:
-            raise refuse("too_large", f"The body is larger than {limit} bytes.")
-        if raw and not is_json(headers.get(b"content-type")):
-            raise refuse("not_json")
-        try:
-            wish = _decode_join(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            self.door.counts["join", "unreadable"] += 1
-            raise body_refusal(JoinIn, raw) from None
-        if not 1 <= wish.units <= UNITS_MAX or not 1 <= len(wish.sku) <= SKU_MAX:
-            self.door.counts["join", "unreadable"] += 1
-            raise body_refusal(JoinIn, raw)
-        return wish
-
-    async def _send(self, send: Send, headers: Headers, answer: Answer) -> None:
-        status, fixed, body = answer
-        request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
-        sent = [*fixed, (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id)]
-        if self._cors:
-            origin = headers.get(b"origin")
-            sent += self._origins.headers(origin) if origin is not None else (_VARY,)
-        await send({"type": "http.response.start", "status": status, "headers": sent})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _refuse(self, send: Send, headers: Headers, refusal: Refusal) -> None:
-        self.door.counts["refused", refusal.code] += 1
-        request_id = request_id_of(headers)
-        body = body_of(refusal, request_id)
-        sent = [*headers_of(refusal), (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id)]
-        if self._cors:
-            origin = headers.get(b"origin")
-            sent += self._origins.headers(origin) if origin is not None else (_VARY,)
-        await send({"type": "http.response.start", "status": refusal.status, "headers": sent})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _preflight(self, send: Send, headers: Headers) -> None:
-        sent = self._origins.preflight(headers[b"origin"])
-        sent += [(b"content-length", b"0"), (b"x-request-id", request_id_of(headers))]
-        await send({"type": "http.response.start", "status": 204, "headers": sent})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _fall_through(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        request_id = request_id_of(headers)
-        scope["fairdrop.request_id"] = request_id
-        added = [(b"x-request-id", request_id)]
-        if self._cors:
-            origin = headers.get(b"origin")
-            added += self._origins.headers(origin) if origin is not None else [_VARY]
-
-        async def send_with(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *added]
-            await send(message)
-
-        await self.typed(scope, receive, send_with)

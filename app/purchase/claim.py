@@ -6,8 +6,8 @@ No timers: an idle process sends at once. A batch is of one item of one epoch; i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 from app.batcher import Batcher, Full
 from app.errors import Refusal
@@ -16,19 +16,24 @@ from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Gone, JoinAnswer, Joined, Old, Scripts
 from app.settings import Settings
 
-# (buyer_id, units, again, ticket hash): one buyer's wish as line_join takes it
-Wish = tuple[bytes, int, bool, bytes]
+T = TypeVar("T")
+
+# ((buyer_id, units, again, ticket hash) as line_join takes it, perf_counter() when it was asked)
+Wish = tuple[tuple[bytes, int, bool, bytes], float]
 Reply = JoinAnswer | Old | Gone
+# What becomes of a batch: told(view, item, wishes, replies) gives as many answers, in order.
+Told = Callable[[SaleView, ItemView, Sequence[Wish], Sequence[Reply]], list[T]]
 
 
-class Claims:
+class Claims(Generic[T]):
     """Gives buyers their places. One for a process; a batch queue for each item, none for a waiting buyer."""
 
-    def __init__(self, settings: Settings, scripts: Scripts, snapshots: Snapshots) -> None:
+    def __init__(self, settings: Settings, scripts: Scripts, snapshots: Snapshots, told: Told[T]) -> None:
         self._settings = settings
         self._scripts = scripts
         self._snapshots = snapshots
-        self._queues: dict[ItemView, Batcher[Wish, Reply]] = {}
+        self._told = told
+        self._queues: dict[ItemView, Batcher[Wish, T]] = {}
         self.batches = 0
         self.joined = 0  # buyers in those batches
 
@@ -37,8 +42,8 @@ class Claims:
         for queue in list(self._queues.values()):
             await queue.drain()
 
-    def join(self, view: SaleView, item: ItemView, wish: Wish) -> asyncio.Future[Reply]:
-        """Ask for a place; the future has the answer once Redis has accepted it.
+    def join(self, view: SaleView, item: ItemView, wish: Wish) -> asyncio.Future[T]:
+        """Ask for a place; the future has what the buyer is told once Redis has accepted it.
 
         Refusal 503 `busy`: too many wait for Redis in this process. The future's errors: DidNotHappen, Unknown; the
         same join may simply be repeated.
@@ -51,7 +56,7 @@ class Claims:
         except Full:
             raise crowded() from None
 
-    def _queue(self, view: SaleView, item: ItemView) -> Batcher[Wish, Reply]:
+    def _queue(self, view: SaleView, item: ItemView) -> Batcher[Wish, T]:
         settings = self._settings
         return Batcher(
             self._sender(view, item),
@@ -60,12 +65,10 @@ class Claims:
             settings.batch_queue_max,
         )
 
-    def _sender(
-        self, view: SaleView, item: ItemView
-    ) -> Callable[[list[Wish]], Coroutine[Any, Any, list[Reply]]]:
+    def _sender(self, view: SaleView, item: ItemView) -> Callable[[list[Wish]], Coroutine[Any, Any, list[T]]]:
         scripts, backlog_max = self._scripts, self._settings.orders_backlog_max
 
-        async def send(wishes: list[Wish]) -> list[Reply]:
+        async def send(wishes: list[Wish]) -> list[T]:
             self.batches += 1
             self.joined += len(wishes)
             reply = await scripts.line_join(
@@ -73,17 +76,17 @@ class Claims:
                 epoch=view.epoch,
                 sku=item.sku,
                 skus=view.skus,
-                buyers=wishes,
+                buyers=[buyer for buyer, _ in wishes],
                 backlog_max=backlog_max,
             )
             if not isinstance(reply, Joined):
-                return [reply] * len(wishes)
+                return self._told(view, item, wishes, [reply] * len(wishes))
             # As new as it gets: what is told from the snapshot must not lag behind what this process was told itself.
             if reply.served > item.served:
                 item.served = reply.served
             if reply.next_seq > item.next_seq:
                 item.next_seq = reply.next_seq
-            return reply.answers  # type: ignore[return-value]  # list is invariant; nobody writes to it
+            return self._told(view, item, wishes, reply.answers)
 
         return send
 

@@ -417,14 +417,33 @@ class Tracker:
         )
         return Told(body, key, poll)
 
-    def told_claimed(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
+    def told_claimed(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> bytes:
         """The document of a ticket that was claimed this moment: no order yet."""
-        seen = Seen(b"c", item.served, item.next_seq, None, b"")
-        return self.told_from_redis(token, ticket, view, item, seen, True)
+        rank = item.rank_of(ticket.seq)
+        return _DOC % (
+            token.encode("ascii"),
+            ticket_id(ticket).encode(),
+            item.head,
+            ticket.units,
+            b"claimed",
+            b"false",
+            ticket.seq,
+            b"null" if rank is None else b"%d" % rank,
+            b"0",
+            b"false",
+            b"null",
+            self._snapshots.now_ms(),
+            b"%d" % self._jittered(CLAIMED_POLL_MS),
+            view.message_json,
+            b"null",
+            b"null",
+            b"null",
+        )
 
-    def told_joined(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
+    def told_joined(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> bytes:
         """The document of a ticket that has just begun to wait."""
-        return self._waiting(token, ticket, view, item, item.rank_of(ticket.seq), self._snapshots.now_ms())
+        rank = item.rank_of(ticket.seq)
+        return self._waiting(token, ticket, view, item, rank, self._snapshots.now_ms()).body
 
     def told_left(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> Told:
         """The document of a ticket that has just left the line."""

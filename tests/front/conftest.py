@@ -16,13 +16,14 @@ import pytest
 import uvicorn
 
 from app import keys
+from app.door.hot import HotRoutes
 from app.draw import seed_hash
 from app.front import create_app
 from app.keys import SaleKeys
-from app.purchase.accept import Accept
 from app.scripts import Link, Published, Scripts
-from app.serve import http_protocol, listen
+from app.serve import listen
 from app.settings import Settings
+from app.wire import http_protocol
 
 JWT_SECRET = "a secret of the shop that is long enough"
 SIGNING_KEY = "k" * 40
@@ -58,7 +59,7 @@ class _Quiet(uvicorn.Server):
 class Front:
     """One running front door and a client of it."""
 
-    app: Accept
+    app: HotRoutes
     url: str
     http: httpx.AsyncClient
     server: uvicorn.Server
@@ -94,7 +95,7 @@ async def open_front(settings: Settings) -> Front:
     app = create_app(settings)
     wire = listen("127.0.0.1", 0, 2048, what="front")
     config = uvicorn.Config(
-        app, http=http_protocol(settings), ws="none", interface="asgi3", log_config=None, access_log=False,
+        app, http=http_protocol(settings, app), ws="none", interface="asgi3", log_config=None, access_log=False,
         server_header=False, timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = _Quiet(config)

@@ -1,0 +1,283 @@
+"""The outermost application of the front door: hot routes are answered here; everything else goes on to FastAPI.
+
+Hot: join, poll, board, sale, time, and every CORS preflight. Each has a typed twin in app/door/ that calls the same
+method of `Door`; a test holds both to the same answers. uvicorn brings hot requests by the express lane (app/wire.py),
+any other server by ASGI: the same table, the same answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache, partial
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+
+from app.errors import FairdropError, Refusal
+from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
+from app.purchase.accept import Answer, Door, Headers, Later, settled
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
+Hot = Callable[[Headers, bytes], Answer | Later]  # takes headers and body
+
+PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
+HEADS_MAX = 1_024  # prebuilt response heads kept; boards and sales have an ETag each
+
+_EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
+_VARY = (b"vary", b"Origin")
+
+
+class Origins:
+    """CORS: which pages of other origins may call us. Headers are prebuilt for each allowed origin."""
+
+    def __init__(self, allowed: list[str]) -> None:
+        self.any = "*" in allowed
+        self._prebuilt = {
+            origin.encode(): self._headers(origin.encode()) for origin in allowed if origin != "*"
+        }
+
+    @staticmethod
+    def _headers(origin: bytes) -> list[Header]:
+        return [(b"access-control-allow-origin", origin), _EXPOSED, _VARY]
+
+    def headers(self, origin: bytes | None) -> list[Header]:
+        """What a response to a page of this origin carries; nothing but Vary if it is not allowed."""
+        if origin is None:
+            return [_VARY]
+        found = self._prebuilt.get(origin)
+        if found is not None:
+            return found
+        return [(b"access-control-allow-origin", b"*"), _EXPOSED] if self.any else [_VARY]
+
+    def preflight(self, origin: bytes) -> list[Header]:
+        headers = list(self.headers(origin))
+        if len(headers) > 1:
+            headers += [
+                (b"access-control-allow-methods", b"GET, POST, DELETE"),
+                (
+                    b"access-control-allow-headers",
+                    b"Authorization, Content-Type, X-Request-Id, X-Buyer-Id, If-None-Match",
+                ),
+                (b"access-control-max-age", b"%d" % PREFLIGHT_MAX_AGE_S),
+            ]
+        return headers
+
+
+@lru_cache(HEADS_MAX)
+def _head(status: int, headers: tuple[Header, ...]) -> bytes:
+    """Status line and headers as they go over the wire, without the empty line."""
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, HTTPStatus(status).phrase.encode(), lines)
+
+
+class HotRoutes:
+    """The outermost ASGI application of the front door, and its express lane.
+
+    typed: the FastAPI application behind it, which can also be run alone: every route is there.
+    state: the state of both; `state.draining = True` (or `drain()`) makes /readyz say so and ends event streams.
+    """
+
+    def __init__(self, door: Door, typed: Any, settings: Settings, on_drain: Callable[[], None]) -> None:
+        self.door = door
+        self.typed = typed
+        self.state = typed.state
+        self._on_drain = on_drain
+        self._origins = Origins(settings.cors_origins)
+        self._cors = bool(settings.cors_origins)
+        self._body_max = settings.body_max_bytes
+        self._later: set[asyncio.Future[Any]] = set()  # asyncio itself keeps no hold of a task
+
+    def drain(self) -> None:
+        """Say that this process is about to stop: /readyz answers 503, event streams end, requests go on."""
+        self.state.draining = True
+        self._on_drain()
+
+    # --- the table ---------------------------------------------------------------------------------------------------
+
+    def hot(self, method: str, path: str) -> Hot | None:
+        """What answers this request; None if it is not hot. path: decoded, without the query."""
+        if method == "GET":
+            if path.startswith("/v1/tickets/"):
+                token = path[12:]
+                if token and "/" not in token:
+                    return partial(self._poll, token)
+            elif path.startswith("/v1/sales/"):
+                sale_id, slash, rest = path[10:].partition("/")
+                if sale_id and rest == "board":
+                    return partial(self._board, sale_id)
+                if sale_id and not slash:
+                    return partial(self._sale, sale_id)
+            elif path == "/v1/time":
+                return self._time
+        elif method == "POST" and path.startswith("/v1/sales/") and path.endswith("/tickets"):
+            sale_id = path[10:-8]
+            if sale_id and "/" not in sale_id:
+                return partial(self._join, sale_id)
+        return None
+
+    def _join(self, sale_id: str, headers: Headers, body: bytes) -> Answer | Later:
+        wish = self.door.wish(headers, body)
+        return self.door.join(sale_id, headers, wish.sku, wish.units, wish.again)
+
+    def _poll(self, token: str, headers: Headers, _body: bytes) -> Answer | Later:
+        return self.door.poll(token, headers)
+
+    def _board(self, sale_id: str, headers: Headers, _body: bytes) -> Answer:
+        return self.door.board(sale_id, headers)
+
+    def _sale(self, sale_id: str, headers: Headers, _body: bytes) -> Answer:
+        return self.door.sale(sale_id, headers)
+
+    def _time(self, _headers: Headers, _body: bytes) -> Answer:
+        return self.door.time()
+
+    # --- the express lane (app.wire.Express) -------------------------------------------------------------------------
+
+    def finds(self, method: bytes, target: bytes) -> Hot | None:
+        if b"?" in target or b"%" in target:
+            return None
+        return self.hot(method.decode("ascii"), target.decode("latin-1"))
+
+    def answer(
+        self, hot: Hot, headers: Headers, body: bytes, date: bytes, reply: Callable[[bytes], None]
+    ) -> None:
+        try:
+            given = hot(headers, body)
+            while not isinstance(given, Answer):
+                if isinstance(given, Refusal):
+                    raise given
+                later: asyncio.Future[Any] = asyncio.ensure_future(given)
+                if not later.done():
+                    self._later.add(later)
+                    later.add_done_callback(partial(self._settle, headers, date, reply))
+                    return
+                given = later.result()
+        except Exception as error:  # noqa: BLE001 - told and logged by _refused
+            reply(self._refused(error, headers, date))
+        else:
+            reply(self._response(given, headers, date))
+
+    def _settle(
+        self, headers: Headers, date: bytes, reply: Callable[[bytes], None], later: asyncio.Future[Any]
+    ) -> None:
+        self._later.discard(later)
+        if later.cancelled():
+            reply(self._refused(refuse("busy", "This process is stopping.", retry_after_s=1), headers, date))
+        else:
+            self.answer(lambda _headers, _body: later.result(), headers, b"", date, reply)
+
+    def _response(self, answer: Answer, headers: Headers, date: bytes) -> bytes:
+        request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
+        cors = b""
+        if self._cors:
+            cors = b"".join(
+                [b"%b: %b\r\n" % header for header in self._origins.headers(headers.get(b"origin"))]
+            )
+        status, fixed, body = answer
+        if status == 304:  # its Content-Length would be that of the document that is not sent (RFC 9110, 8.6)
+            return b"%b%bx-request-id: %b\r\n%b\r\n" % (_head(status, fixed), date, request_id, cors)
+        return b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
+            _head(status, fixed), date, len(body), request_id, cors, body,
+        )  # fmt: skip
+
+    def _refused(self, error: Exception, headers: Headers, date: bytes) -> bytes:
+        refusal = self._told(error)
+        request_id = request_id_of(headers)
+        given = {**headers, b"x-request-id": request_id}
+        answer = Answer(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
+        return self._response(answer, given, date)
+
+    def _told(self, error: Exception) -> Refusal:
+        """The refusal that a failure becomes; what should never happen is logged."""
+        if not isinstance(error, FairdropError):
+            log.error("hot_route_failed", exc_info=error)
+        refusal = refusal_of(error)
+        self.door.counts["refused", refusal.code] += 1
+        return refusal
+
+    # --- ASGI --------------------------------------------------------------------------------------------------------
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.typed(scope, receive, send)
+            return
+        method: str = scope["method"]
+        hot = self.hot(method, scope["path"])
+        if hot is None:
+            if method == "OPTIONS" and self._cors:
+                headers = dict(scope["headers"])
+                if b"access-control-request-method" in headers and b"origin" in headers:
+                    await self._preflight(send, headers)
+                    return
+            await self._fall_through(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        try:
+            body = await self._body(headers, receive) if method == "POST" else b""
+            if body is None:
+                return
+            answer = await settled(hot(headers, body))
+        except Exception as error:  # noqa: BLE001 - told and logged by _told
+            refusal = self._told(error)
+            request_id = request_id_of(headers)
+            headers[b"x-request-id"] = request_id
+            answer = Answer(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
+        await self._send(send, headers, answer)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body of a request; None if the client has gone. Refusal 413 `too_large`."""
+        limit = self._body_max
+        declared = headers.get(b"content-length")
+        if declared is not None and (not declared.isdigit() or int(declared) > limit):
+            raise refuse("too_large", f"The body is larger than {limit} bytes.")
+        raw = b""
+        more = True
+        while more and len(raw) <= limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            raw += message.get("body", b"")
+            more = message.get("more_body", False)
+        if len(raw) > limit:
+            raise refuse("too_large", f"The body is larger than {limit} bytes.")
+        return raw
+
+    async def _send(self, send: Send, headers: Headers, answer: Answer) -> None:
+        status, fixed, body = answer
+        request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
+        sent = [*fixed, (b"x-request-id", request_id)]
+        if status != 304:
+            sent.append((b"content-length", b"%d" % len(body)))
+        if self._cors:
+            sent += self._origins.headers(headers.get(b"origin"))
+        await send({"type": "http.response.start", "status": status, "headers": sent})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _preflight(self, send: Send, headers: Headers) -> None:
+        sent = self._origins.preflight(headers[b"origin"])
+        sent += [(b"content-length", b"0"), (b"x-request-id", request_id_of(headers))]
+        await send({"type": "http.response.start", "status": 204, "headers": sent})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _fall_through(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        request_id = request_id_of(headers)
+        scope["fairdrop.request_id"] = request_id
+        added = [(b"x-request-id", request_id)]
+        if self._cors:
+            added += self._origins.headers(headers.get(b"origin"))
+
+        async def send_with(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *added]
+            await send(message)
+
+        await self.typed(scope, receive, send_with)

@@ -1,0 +1,226 @@
+"""The express lane: hot requests are answered without ASGI, in their turn; nothing out of the ordinary enters it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvicorn
+
+from app.serve import listen
+from app.settings import Settings
+from app.wire import http_protocol
+
+BUILT = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b"
+
+
+@dataclass
+class Shop:
+    """Answers /hot by the lane, everything else by ASGI; both say which way a request came. /hot/later waits."""
+
+    held: list[Callable[[], None]] = field(default_factory=list)
+    lane: int = 0
+
+    def finds(self, method: bytes, target: bytes) -> Any:
+        return (lambda _headers, body: (target, body)) if target.startswith(b"/hot") else None
+
+    def answer(
+        self, hot: Any, headers: Any, body: bytes, date: bytes, reply: Callable[[bytes], None]
+    ) -> None:
+        self.lane += 1
+        target, body = hot(headers, body)
+        said = b"lane %b %b" % (target, body)
+        response = BUILT % (len(said), date, said)
+        if target == b"/hot/later":
+            self.held.append(lambda: reply(response))
+        else:
+            reply(response)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        said = b"asgi %b %b" % (scope["path"].encode(), body[:10])
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-length", b"%d" % len(said))],
+            }
+        )
+        await send({"type": "http.response.body", "body": said})
+
+
+@dataclass
+class Open:
+    port: int
+    shop: Shop
+    server: uvicorn.Server
+
+
+@asynccontextmanager
+async def serving(**settings: Any) -> AsyncIterator[Open]:
+    shop = Shop()
+    config = uvicorn.Config(
+        shop, http=http_protocol(Settings(**settings), shop), ws="none", interface="asgi3", lifespan="off",
+        log_config=None, access_log=False, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    server.capture_signals = nullcontext  # type: ignore[method-assign]
+    wire = listen("127.0.0.1", 0, 16, what="test")
+    task = asyncio.create_task(server.serve(sockets=[wire]))
+    try:
+        yield Open(wire.getsockname()[1], shop, server)
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def until(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def get(path: bytes, *headers: bytes) -> bytes:
+    return b"\r\n".join((b"GET %b HTTP/1.1" % path, b"Host: x", *headers, b"", b""))
+
+
+async def answers(reader: asyncio.StreamReader, count: int) -> list[bytes]:
+    """So many bodies, in the order in which they come."""
+    bodies = []
+    async with asyncio.timeout(10):
+        for _ in range(count):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                int(line.split(b":")[1]) for line in head.lower().splitlines() if b"content-length" in line
+            )
+            bodies.append(await reader.readexactly(length))
+    return bodies
+
+
+async def test_requests_that_come_together_are_answered_in_their_order() -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(b"/hot/later") + get(b"/cold/1") + get(b"/hot/2") + get(b"/cold/3"))
+        await until(lambda: front.shop.held)
+        with pytest.raises(TimeoutError):  # nothing overtakes the first
+            await asyncio.wait_for(reader.readexactly(1), 0.2)
+        front.shop.held.pop()()
+        told = await answers(reader, 4)
+        assert [body.split()[1] for body in told] == [b"/hot/later", b"/cold/1", b"/hot/2", b"/cold/3"]
+        writer.write(get(b"/hot/5"))  # and the connection goes on as before
+        assert await answers(reader, 1) == [b"lane /hot/5 "]
+        writer.close()
+
+
+async def test_a_hot_answer_at_once_lets_the_next_hot_request_of_the_same_packet_in() -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(b"/hot/1") * 50)
+        assert await answers(reader, 50) == [b"lane /hot/1 "] * 50
+        assert front.shop.lane == 50
+        writer.close()
+
+
+async def test_a_body_may_come_in_pieces() -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        for part in (b"POST /hot HTTP/1.1\r\nHo", b"st: x\r\nContent-Length: 6\r\n\r\nab", b"cd", b"ef"):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.01)  # not a wait: it parts the packets
+        assert await answers(reader, 1) == [b"lane /hot abcdef"]
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        get(b"/hot", b"Connection: close"),
+        get(b"/hot").replace(b"HTTP/1.1", b"HTTP/1.0"),
+        b"POST /hot HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n",
+        b"POST /hot HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nab",
+        b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3_000,
+        get(b"/hot", b"Upgrade: websocket", b"Connection: Upgrade"),
+    ],
+    ids=["close", "1.0", "chunked", "expect", "large", "upgrade"],
+)
+async def test_what_is_out_of_the_ordinary_goes_the_ordinary_way(request_: bytes) -> None:
+    async with serving(body_max_bytes=2_000) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(request_)
+        async with asyncio.timeout(10):
+            said = b""
+            while b"asgi /hot" not in said:
+                read = await reader.read(10_000)
+                assert read, said
+                said += read
+        assert front.shop.lane == 0
+        writer.close()
+
+
+async def test_a_process_that_stops_answers_what_is_hot_and_then_closes() -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(b"/hot/later"))
+        await until(lambda: front.shop.held)
+        front.server.should_exit = True
+        connection = next(iter(front.server.server_state.connections))
+        await until(lambda: getattr(connection, "_last", False))
+        front.shop.held.pop()()
+        said = await asyncio.wait_for(reader.read(), 10)
+        assert said.startswith(b"HTTP/1.1 200 OK\r\nconnection: close\r\n")
+        assert said.endswith(b"lane /hot/later ")
+        writer.close()
+
+
+async def test_a_connection_that_is_idle_after_a_hot_answer_is_closed() -> None:
+    async with serving(keep_alive_s=0.2, head_within_s=0.1) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(b"/hot"))
+        await answers(reader, 1)
+        before = time.monotonic()
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert time.monotonic() - before < 5
+        writer.close()
+
+
+async def test_a_client_that_leaves_before_its_answer_harms_nobody() -> None:
+    async with serving() as front:
+        _, gone = await asyncio.open_connection("127.0.0.1", front.port)
+        gone.write(get(b"/hot/later"))
+        await until(lambda: front.shop.held)
+        gone.transport.abort()
+        await until(lambda: not front.server.server_state.connections)
+        front.shop.held.pop()()
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(b"/hot"))
+        assert await answers(reader, 1) == [b"lane /hot "]
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_leaves_the_lane() -> None:
+    async with serving() as front:
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        body = b"x" * 1_900
+        one = b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3):
+                while True:
+                    writer.write(one * 20)
+                    sent += 20
+                    await writer.drain()
+        assert (
+            0 < front.shop.lane < sent
+        )  # beyond the transport's high-water mark they wait for ASGI's flow control
+        writer.transport.abort()
