@@ -13,6 +13,7 @@ Names are stable; those of an item end with `:<sku>`, those of money with `:<cur
     one_live_order             live orders                        =  buyers who have one
     units_within_limit         most units of one buyer            ≤  limit_per_buyer
     lawful_states              orders                             =  orders whose times fit their state
+    deadlines_fairly_extended  orders with an extended deadline   =  those extended in time, within their limit
     amounts_add_up             amounts of orders                  =  their lines and adjustments
     shop_is_told               orders                             =  orders with an order.reserved event
     paid_orders_have_money     paid orders                        =  paid orders with a capture
@@ -155,6 +156,7 @@ async def _own_checks(conn: AsyncConnection, sale: Sale, items: dict[str, ItemBo
         _equal("one_live_order", b.live_orders, b.live_buyers),
         _at_most("units_within_limit", b.most_units, sale.limit_per_buyer),
         _equal("lawful_states", b.orders, b.lawful_orders),
+        _equal("deadlines_fairly_extended", b.extended_orders, b.rightly_extended),
         _equal("amounts_add_up", b.amount_minor, b.lines_minor),
         _equal("shop_is_told", b.orders, b.told_orders),
         _equal("paid_orders_have_money", b.paid_orders, b.funded_orders),

@@ -192,6 +192,19 @@ class Settings(BaseSettings):
         60, description="s after confirm before the payment deadline starts without a link"
     )
     unknown_max_s: int = Field(3_600, description="s an order may stay reserved while its payment is unknown")
+    pay_extension_s: int = Field(
+        300,
+        ge=0,
+        description="s more for an order whose deadline comes while its supplier is out, once an outage; 0: never",
+    )
+    pay_extension_max_s: int = Field(
+        900, ge=0, description="s that all extensions of one order's deadline may add up to"
+    )
+    pay_outage_gap_s: float = Field(
+        30.0,
+        gt=0,
+        description="s without trouble after which a supplier's outage is over, and the next is another",
+    )
     reconcile_every_s: float = Field(10.0, description="s between two comparisons of Redis and Postgres")
     pulse_every_s: float = Field(1.0, description="s between two pulses (rollback detection)")
     pay_concurrency: int = Field(32, description="payment calls under way at once")

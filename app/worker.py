@@ -40,6 +40,7 @@ from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
 from app.purchase.admit import Admitter, Course
 from app.purchase.confirm import TOOK, Confirmer, Entry
+from app.purchase.extend import Extender
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler
 from app.scripts import Link, Scripts
@@ -56,6 +57,7 @@ COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
 SETTLE_EVERY_S = 2.0
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
+OUTAGES_EVERY_S = 1.0
 PROBES_BACKLOG = 64
 FRESH = {"Cache-Control": "no-store"}
 READY_WITHIN_S = 1.0  # a probe's look at Postgres
@@ -313,6 +315,7 @@ class Worker:
             self.admitter,
             settings,
         )
+        self.extender = Extender(self.engine, self.providers, settings)
         self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter)
 
     async def _clear(self, order_no: str) -> Any:
@@ -363,6 +366,7 @@ class Worker:
                 loop("asks", self.asking.turn, relay_s)
                 loop("asks-take-over", self.asking.take_over, idle_s)
                 loop("deadlines", self.releaser.start_deadlines, DEADLINES_EVERY_S)
+                loop("extend", self.extender.turn, OUTAGES_EVERY_S)
                 loop("expire", self.releaser.expire, expire_s)
                 loop("let-go", self.releaser.let_go, relay_s)
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)

@@ -63,7 +63,8 @@ async def test_a_sale_whose_books_agree_passes_with_both_sides_numbers(office: O
         "never_oversold:A": (4, 10), "reserved_counted:A": (2, 2), "sold_counted:A": (2, 2),
         "redis_within_postgres:A": (5, 6), "units_add_up:A": (10, 10), "top_ups_once:A": (0, 0),
         "every_claim_decided:A": (5, 5), "told_as_written:A": (4, 4), "one_live_order": (4, 4),
-        "units_within_limit": (1, 1), "lawful_states": (4, 4), "amounts_add_up": (2000, 2000), "shop_is_told": (4, 4),
+        "units_within_limit": (1, 1), "lawful_states": (4, 4), "deadlines_fairly_extended": (0, 0),
+        "amounts_add_up": (2000, 2000), "shop_is_told": (4, 4),
         "paid_orders_have_money": (2, 2), "one_capture_an_order": (2, 2), "money_agrees:EUR": (1000, 1000),
         "journal_holds": (2, 2),
     }  # fmt: skip

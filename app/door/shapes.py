@@ -55,6 +55,9 @@ class OrderOut(BaseModel):
     currency: str = Field(examples=["EUR"])
     lines: list[OrderLineOut]
     pay_by: Instant | None
+    extended_s: int = Field(
+        0, description="s that were added to pay_by because payment was down; absent: none", examples=[300]
+    )
 
 
 class PaymentOut(BaseModel):

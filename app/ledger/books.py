@@ -46,6 +46,8 @@ class SaleBooks:
     orders: int
     told_orders: int  # orders whose order.reserved is in the event table
     lawful_orders: int  # orders whose times fit their state
+    extended_orders: int  # orders whose deadline was extended
+    rightly_extended: int  # of these, those whose extensions add up, stay within their limit and came in time
     paid_orders: int
     funded_orders: int  # paid orders that a capture paid for
     captured_orders: int  # orders with an unrefunded capture
@@ -125,6 +127,14 @@ async def of_sale(conn: AsyncConnection, sale: str) -> SaleBooks:
                 WHEN 'refunding' THEN paid_at IS NOT NULL AND ended_at IS NULL
                 WHEN 'refunded' THEN ended_at IS NOT NULL
                 ELSE ended_at IS NOT NULL AND paid_at IS NULL END) AS lawful_orders,
+              (SELECT count(*) FROM purchase_order WHERE sale = :sale AND extended_s <> 0) AS extended_orders,
+              (SELECT count(*) FROM purchase_order p JOIN (SELECT order_no, sum(extended_s) AS extended_s,
+                    max(most_s) AS most_s, max(at) AS last_at, bool_and(at < pay_by_before) AS in_time,
+                    max(pay_by_before + make_interval(secs => extended_s)) AS pay_by
+                  FROM deadline_extension GROUP BY order_no) x ON x.order_no = p.order_no
+                WHERE p.sale = :sale AND p.extended_s = x.extended_s AND p.extended_s <= x.most_s AND x.in_time
+                AND p.pay_by >= x.pay_by AND x.last_at <= coalesce(p.ended_at, p.paid_at, x.last_at))
+                AS rightly_extended,
               (SELECT count(*) FROM purchase_order WHERE sale = :sale AND state IN ('paid', 'refunding')
                 AND amount_minor > 0) AS paid_orders,
               (SELECT count(*) FROM purchase_order p WHERE p.sale = :sale AND p.state IN ('paid', 'refunding')

@@ -25,7 +25,7 @@ SMS_TTL_S = 900  # as settings.sms_ttl_s: an SMS that is later than this helps n
 
 COLUMNS = (
     "order_no, sale, sku, buyer_id, epoch, seq, units, amount_minor, currency, state, version, reason, leaving,"
-    " claimed_at, reserved_at, pay_within_s, pay_by, paid_at, ended_at, contact, generation"
+    " claimed_at, reserved_at, pay_within_s, pay_by, extended_s, paid_at, ended_at, contact, generation"
 )
 
 
@@ -202,6 +202,12 @@ async def start_overdue_deadlines(conn: AsyncConnection, link_wait_max_s: int, l
     for row in rows:
         await _mark(conn, row)
     return [row["order_no"] for row in rows]
+
+
+async def tell_many(conn: AsyncConnection, rows: Sequence[Row]) -> None:
+    """Mark the tickets of orders that a statement of the caller's has changed (with their versions)."""
+    for row in rows:
+        await _mark(conn, row)
 
 
 async def lease_unpaid(conn: AsyncConnection, limit: int, lease_s: float) -> list[tuple[str, int]]:

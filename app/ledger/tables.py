@@ -126,6 +126,8 @@ purchase_order = sa.Table(
     sa.Column("reserved_at", At, nullable=False, server_default=NOW),
     sa.Column("pay_within_s", sa.Integer, nullable=False),
     sa.Column("pay_by", At),  # null until the first link is stored (or link_wait_max_s passed)
+    # of this deadline: what deadline_extension adds up to, because payment was down
+    sa.Column("extended_s", sa.Integer, nullable=False, server_default="0"),
     sa.Column("paid_at", At),
     sa.Column("ended_at", At),
     sa.Column("contact", BYTEA),  # sealed phone and language (AES-GCM)
@@ -278,6 +280,30 @@ webhook_inbox = sa.Table(
     sa.Column("received_at", At, nullable=False, server_default=NOW),
     sa.Column("outcome", sa.Text),
     sa.UniqueConstraint("provider", "event_id", name="one_row_an_event"),
+)
+
+payment_outage = sa.Table(
+    "payment_outage",
+    metadata,
+    # Times when a supplier could not be paid through: open while it is seen out again and again (ledger/outages.py).
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("began_at", At, nullable=False, server_default=NOW),
+    sa.Column("seen_at", At, nullable=False, server_default=NOW),
+)
+sa.Index("outages_of_provider", payment_outage.c.provider, payment_outage.c.seen_at)
+
+deadline_extension = sa.Table(
+    "deadline_extension",
+    metadata,
+    # Time to pay that an order got because of an outage; the key is the law: once for each outage.
+    sa.Column("order_no", sa.Text, sa.ForeignKey("purchase_order.order_no"), primary_key=True),
+    sa.Column("outage", sa.BigInteger, sa.ForeignKey("payment_outage.id"), primary_key=True),
+    sa.Column("at", At, nullable=False, server_default=NOW),
+    sa.Column("pay_by_before", At, nullable=False),
+    sa.Column("extended_s", sa.Integer, nullable=False),
+    sa.Column("most_s", sa.Integer, nullable=False),  # of all extensions of an order, as it was set then
+    sa.CheckConstraint("extended_s > 0", name="extension_never_shortens"),
 )
 
 outbox = sa.Table(

@@ -397,6 +397,7 @@ async def _end(till: Till, row: Row, state: str, code: str | None, *, again: boo
             return
         if order["state"] == "reserved":
             others = await payments.unended(conn, row["order_no"])
+            again = again or (code == "expired" and _extended(order, row["now"]))
             if again and not order["leaving"] and not others:
                 await payments.add_attempt(
                     conn,
@@ -413,6 +414,11 @@ async def _end(till: Till, row: Row, state: str, code: str | None, *, again: boo
             kept = await payments.kept_capture(conn, row["order_no"])
             if kept is not None and kept["attempt_id"] is not None and kept["attempt_id"] != row["id"]:
                 await payments.succeed(conn, kept["attempt_id"])
+
+
+def _extended(order: Row, now: datetime) -> bool:
+    """The link ended with the deadline it was made for, and the order got more time since: the buyer gets another."""
+    return bool(order["extended_s"]) and order["pay_by"] - now >= timedelta(seconds=LINK_LIFE_MIN_S)
 
 
 async def _make_way(till: Till, row: Row, wanted_still: bool) -> None:

@@ -35,7 +35,11 @@ def instant(at: datetime | None) -> str | None:
 
 
 def order_told(order: Row, lines: Sequence[Row]) -> dict[str, Any]:
-    """`order` of api.md. `lines` are order_line rows in line_no order."""
+    """`order` of api.md. `lines` are order_line rows in line_no order.
+
+    extended_s is there only once the deadline was extended: that is rare, and Redis keeps the status of every order.
+    """
+    extended_s = order.get("extended_s", 0)
     return {
         "order_no": order["order_no"],
         "state": order["state"],
@@ -53,6 +57,7 @@ def order_told(order: Row, lines: Sequence[Row]) -> dict[str, Any]:
             for line in lines
         ],
         "pay_by": instant(order["pay_by"]),
+        **({"extended_s": extended_s} if extended_s else {}),
     }
 
 

@@ -719,3 +719,21 @@ async def test_an_unpaid_order_is_swept_up_when_the_link_is_due(till: Money) -> 
         await until(lambda: _attempts_are(till, number, [("closed", "not_payable")]))
     assert next(iter(till.shop.state.pays.values())).state == "closed"
     await till.balanced()
+
+
+async def test_a_link_that_ends_before_an_extended_deadline_is_followed_by_another_by_itself(
+    shop: Shop, redis_url: str, database_url: str
+) -> None:
+    """Prevents an extension that helps nobody: the link was made for the deadline of before and ends with it."""
+    async with money(shop, redis_url, database_url) as till:
+        await till.publish(pay_within_s=3)
+        number = await till.reserve("ann")
+        async with till.loops():
+            first = await till.link_of(number)
+            await till.sql("UPDATE purchase_order SET pay_by = pay_by + interval '60 s', extended_s = 60")
+            second = await till.link_of(number, attempt_no=2)
+            assert second != first
+            await till.shop.press(second)
+            await till.becomes(number, "paid")
+        assert (await till.attempts(number))[1] == ("succeeded", None)
+        await till.balanced()

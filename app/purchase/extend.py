@@ -1,0 +1,74 @@
+"""A buyer is not punished for a supplier's bad day: who could not pay gets time, a bounded amount, decided once.
+
+Once a second: a payment supplier whose breaker lets nothing through is *out* (written down in Postgres, whose clock
+decides from then on). An order that would end within `pay_extension_s` while its supplier is out gets `pay_extension_s`
+more, once for each outage, at most `pay_extension_max_s` in all. So whoever's supplier comes back in time has that long
+to pay, and units of those who have time left anyway are not kept longer than planned.
+
+The ticket says so (`order.extended_s`, `pay_by`). The shop gets no event, for none of its events names the deadline;
+there is no SMS, for the change is to the buyer's good, and outages hit thousands at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import Counter as Count
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.alarm import alert
+from app.breaker import State
+from app.ledger import outages
+from app.ledger.engine import alone
+from app.providers.registry import Providers
+from app.settings import Settings
+
+EXTEND_MAX = 500  # orders of one look; more come with the next, at once
+OUT = frozenset({State.OPEN, State.HALF_OPEN, State.FORCED_OPEN})  # half-open: nobody knows yet that it works
+
+EXTENDED = Count("fairdrop_deadlines_extended", "orders that got more time because payment was down")
+_log = structlog.get_logger("extend")
+
+
+def out(providers: Providers) -> list[str]:
+    """The payment suppliers through which nobody can pay now, by their breakers."""
+    return [name for name, payment in providers.payment.items() if payment.guard.breaker.state in OUT]
+
+
+@dataclass
+class Extender:
+    """The worker's loop; any number of workers may run it."""
+
+    engine: AsyncEngine
+    providers: Providers
+    settings: Settings
+
+    async def turn(self) -> bool:
+        """Note who is out, extend what is due. True: there may be more to extend at once."""
+        s = self.settings
+        gone = out(self.providers)
+        if gone:
+            async with self.engine.begin() as conn:
+                begun = await outages.note(conn, gone, s.pay_outage_gap_s)
+            for name in begun:
+                alert("payment_outage", "nobody can pay through a supplier", provider=name)
+        if not s.pay_extension_s or not s.pay_extension_max_s:
+            return False
+        if not gone:
+            async with alone(self.engine) as conn:
+                if not await outages.any_now(conn):  # another worker may see what this one does not
+                    return False
+        all_out = bool(gone) and len(gone) == len(self.providers.payment)
+        async with self.engine.begin() as conn:
+            rows = await outages.extend(
+                conn,
+                more_s=s.pay_extension_s,
+                most_s=s.pay_extension_max_s,
+                limit=EXTEND_MAX,
+                unpaid_by=gone[0] if all_out else None,
+            )
+        if rows:
+            EXTENDED.inc(len(rows))
+            _log.warning("deadlines extended", orders=len(rows), out=gone)
+        return len(rows) == EXTEND_MAX
