@@ -54,9 +54,15 @@ class SaleKeys:
         return f"{self.prefix}rate:{what}:{who}"
 
 
+def sms_limits(number: str) -> tuple[str, str, str]:
+    """GCRA state of one phone number's texts a minute, an hour, a day. number: its blind index in hex, never itself."""
+    return f"{{sms:{number}}}:minute", f"{{sms:{number}}}:hour", f"{{sms:{number}}}:day"
+
+
 # The leaked-key check of the tests: a key that matches none of these was made by mistake.
 KNOWN = re.compile(
     r"fairdrop:(sales|providers|provider_modes|provider_routes|advice)"
+    r"|\{sms:[0-9a-f]{32}\}:(minute|hour|day)"
     r"|\{sale:[a-z0-9][a-z0-9-]{0,47}\}:"
     r"(sale|stock|buyers|orders|asks|status|contact|(item|line|outcome|drawn|left):[A-Za-z0-9._-]{1,64}|rate:[a-z_]+:.+)"
 )

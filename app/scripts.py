@@ -29,7 +29,7 @@ import msgspec
 from hiredis import ProtocolError, Reader, ReplyError, pack_command
 
 from app.errors import CannotStart, DidNotHappen, Unknown
-from app.keys import FORMAT, GROUP, SaleKeys
+from app.keys import FORMAT, GROUP, SaleKeys, sms_limits
 from app.resources import lua_dir
 
 log = logging.getLogger("fairdrop.redis")
@@ -896,6 +896,12 @@ SALE_PULSE: Script[Gone | Old | Pulsed] = Script(
 RATE_TAKE: Script[Taken | Wait] = Script(
     "rate_take", keys="rate", args="now_ms period_ms burst cost", answers=(Taken, Wait)
 )
+SMS_TAKE: Script[Taken | Wait] = Script(
+    "sms_take",
+    keys="minute hour day",
+    args="now_ms minute_period minute_burst hour_period hour_burst day_period day_burst",
+    answers=(Taken, Wait),
+)
 
 # `sale` fields that sale_publish needs; it sets fmt, home, seed_hash, tokens_micro, last_ms, opened itself.
 SALE_FIELDS = frozenset(
@@ -1237,6 +1243,22 @@ class Scripts:
     ) -> Taken | Wait:
         """Allow one more each period_ms, `burst` at once. key: SaleKeys.rate(...)."""
         return await self._run(RATE_TAKE, (key,), (now_ms, period_ms, burst, cost))
+
+    async def sms_take(
+        self,
+        *,
+        number: str,
+        minute_period: int,
+        minute_burst: int,
+        hour_period: int,
+        hour_burst: int,
+        day_period: int,
+        day_burst: int,
+        now_ms: int = 0,
+    ) -> Taken | Wait:
+        """Allow one more text to a number under all three limits, or count nothing. number: its index in hex."""
+        args = (now_ms, minute_period, minute_burst, hour_period, hour_burst, day_period, day_burst)
+        return await self._run(SMS_TAKE, sms_limits(number), args)
 
     @staticmethod
     def _serve_keys(sale: str, sku: str) -> tuple[str, ...]:

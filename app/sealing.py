@@ -85,6 +85,12 @@ def phone_index(key: SealingKey, sale: str, phone: str) -> bytes:
     return hmac.digest(derived, f"{sale}\0{phone}".encode(), hashlib.sha256)[:INDEX_BYTES]
 
 
+def number_index(key: SealingKey, phone: str) -> bytes:
+    """The same without a sale: what texts to one number are counted by. It is kept in Redis for a day at most."""
+    derived = hmac.digest(key.key, b"fairdrop number index 1", hashlib.sha256)
+    return hmac.digest(derived, phone.encode(), hashlib.sha256)[:INDEX_BYTES]
+
+
 def seal(keys: Sequence[SealingKey], plaintext: bytes, aad: bytes) -> bytes:
     """Encrypt with the first key. The same plaintext never gives the same bytes twice."""
     first = keys[0]

@@ -210,6 +210,16 @@ class Settings(BaseSettings):
     pay_concurrency: int = Field(32, description="payment calls under way at once")
     tell_concurrency: int = Field(32, description="SMS calls under way at once")
     sms_ttl_s: int = Field(900, description="s after which an unsent SMS is dropped")
+    sms_shown_after_s: float = Field(
+        10.0, ge=0, description="s after which a text that no channel has taken is shown on the ticket"
+    )
+    sms_number_per_min: int = Field(
+        3,
+        ge=1,
+        description="texts to one phone number in any minute; more wait. Keep it below your suppliers' own",
+    )
+    sms_number_per_hour: int = Field(8, ge=1, description="texts to one phone number in any hour; more wait")
+    sms_number_per_day: int = Field(20, ge=1, description="texts to one phone number in any 24 h; more wait")
     settled_keep_days: int = Field(30, description="days contacts are kept after a sale has settled")
 
     # telling the shop
@@ -243,9 +253,6 @@ class Settings(BaseSettings):
     )
     sandbox_secret: SecretStr = Field(
         SecretStr(""), description="secret that signs the sandbox's webhooks and our requests to it"
-    )
-    sandbox_ledger: str = Field(
-        "", description="file in which the sandbox keeps its books; empty: in memory, gone when it ends"
     )
     provider_deadline_s: float = Field(5.0, description="s; one call to a supplier")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")

@@ -377,7 +377,7 @@ class Worker:
                 loop("contacts", lambda: remove_old(self.engine, s.settled_keep_days), CONTACTS_EVERY_S)
                 for name, work in (
                     ("pay", lambda: pay.run(self.engine, self.scripts, self.providers, s, self.stopping)),
-                    ("tell", lambda: tell.run(self.engine, self.providers, s, self.stopping)),
+                    ("tell", lambda: tell.run(self.engine, self.scripts, self.providers, s, self.stopping)),
                     ("push", lambda: push.run(self.engine, s, self.stopping)),
                     ("providers", lambda: published.run(self.link, self.providers, s, self.stopping)),
                     ("routes", lambda: routes.run(self.link, self.providers.routes, self.stopping)),

@@ -94,7 +94,10 @@ class TicketOut(BaseModel):
     eta_s: EtaOut | None
     now_ms: int = Field(examples=[1_794_398_400_000])
     poll_after_ms: int | None = Field(description="ask again after this; null: it has ended", examples=[4000])
-    message: str | None = Field(description="what the shop says to everyone in this sale")
+    message: str | None = Field(
+        description="what the shop says to everyone in this sale; on the buyer's own ticket instead, in the buyer's"
+        " language, a text about the order that no SMS channel took in time"
+    )
     reason: str | None = Field(None, description="why it ended", examples=["unpaid"])
     order: OrderOut | None = Field(description="only with the buyer's identity")
     payment: PaymentOut | None = Field(description="only with the buyer's identity")

@@ -1,17 +1,28 @@
+# ruff: noqa: S608 - what is put into the SQL text are constants of this module; every value is a parameter
 """Texts that are due, and what became of them; rows are written by the step of the order they tell of (orders._told).
 
 due ──► sending ──► sent | failed | unknown      a lease that runs out in `sending` is unknown: it is never sent twice
   └► dropped (too late, overtaken, no contact)
+
+`shown`: what the buyer is shown on the ticket, because no channel took it in time ('' = nothing to show). `counted`: it
+has been counted under its number's limits; sent again later, it is the same text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 Row = dict[str, Any]
+
+_FACTS = (
+    "o.buyer_id, o.contact, o.state AS order_state, o.amount_minor, o.currency, o.units, o.pay_within_s,"
+    " i.title AS item_title, s.title AS sale_title"
+)
+_OF = "JOIN item i ON i.sale = o.sale AND i.sku = o.sku JOIN sale s ON s.id = o.sale"
 
 
 async def lease_due(conn: AsyncConnection, limit: int, lease_s: float) -> list[Row]:
@@ -23,25 +34,24 @@ async def lease_due(conn: AsyncConnection, limit: int, lease_s: float) -> list[R
             " leased AS (UPDATE sms AS s SET state = 'sending', leased_until = now() + make_interval(secs => :lease_s),"
             " generation = s.generation + 1, tries = s.tries + 1 FROM picked WHERE s.id = picked.id RETURNING s.*)"
             " SELECT leased.id, leased.order_no, leased.sale, leased.template, leased.tries, leased.generation,"
-            " o.buyer_id, o.contact, o.state AS order_state, o.amount_minor, o.currency, o.units, o.pay_within_s,"
-            " i.title AS item_title, s.title AS sale_title"
-            " FROM leased JOIN purchase_order o ON o.order_no = leased.order_no"
-            " JOIN item i ON i.sale = o.sale AND i.sku = o.sku JOIN sale s ON s.id = o.sale"
+            f" leased.counted, {_FACTS} FROM leased JOIN purchase_order o ON o.order_no = leased.order_no {_OF}"
         ),
         {"limit": limit, "lease_s": float(lease_s)},
     )
     return [dict(row) for row in found.mappings()]
 
 
-async def again(conn: AsyncConnection, held: tuple[str, int], wait_s: float, code: str) -> bool:
+async def again(
+    conn: AsyncConnection, held: tuple[str, int], wait_s: float, code: str, *, counted: bool = False
+) -> bool:
     """It certainly was not sent: due again after `wait_s`. False: the lease is no longer ours."""
     found = await conn.execute(
         text(
-            "UPDATE sms SET state = 'due', code = :code, leased_until = NULL,"
+            "UPDATE sms SET state = 'due', code = :code, leased_until = NULL, counted = counted OR :counted,"
             " next_at = now() + make_interval(secs => :wait_s)"
             " WHERE id = :id AND generation = :generation AND state = 'sending'"
         ),
-        {"id": held[0], "generation": held[1], "wait_s": wait_s, "code": code},
+        {"id": held[0], "generation": held[1], "wait_s": wait_s, "code": code, "counted": counted},
     )
     return bool(found.rowcount)
 
@@ -78,7 +88,8 @@ async def sweep(conn: AsyncConnection) -> tuple[int, int]:
     """(dropped, unknown): texts that would come too late, and those whose worker vanished while sending."""
     dropped = await conn.execute(
         text(
-            "UPDATE sms SET state = 'dropped', code = 'too_late' WHERE state = 'due' AND expires_at <= now()"
+            "UPDATE sms SET state = 'dropped', code = coalesce(code, 'too_late')"
+            " WHERE state = 'due' AND expires_at <= now()"
         )
     )
     unknown = await conn.execute(
@@ -88,3 +99,44 @@ async def sweep(conn: AsyncConnection) -> tuple[int, int]:
         )
     )
     return int(dropped.rowcount), int(unknown.rowcount)
+
+
+async def unshown(conn: AsyncConnection, after_s: float, limit: int) -> list[Row]:
+    """Locked: texts that failed, may have, or wait longer than `after_s`, and are not on the ticket yet; with facts."""
+    found = await conn.execute(
+        text(
+            f"SELECT t.id, t.order_no, t.sale, t.template, {_FACTS} FROM sms t"
+            f" JOIN purchase_order o ON o.order_no = t.order_no {_OF}"
+            " WHERE t.shown IS NULL AND t.state IN ('due', 'unknown', 'failed')"
+            " AND (t.state <> 'due' OR t.created_at < now() - make_interval(secs => :after))"
+            " ORDER BY t.created_at LIMIT :limit FOR UPDATE OF t SKIP LOCKED"
+        ),
+        {"after": float(after_s), "limit": limit},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def show(conn: AsyncConnection, ids: Sequence[str], bodies: Sequence[str]) -> None:
+    """What is shown on the ticket instead; '' = nothing. The caller bumps the orders."""
+    await conn.execute(
+        text(
+            "UPDATE sms SET shown = new.body FROM unnest(CAST(:ids AS text[]), CAST(:bodies AS text[]))"
+            " AS new (id, body) WHERE sms.id = new.id"
+        ),
+        {"ids": list(ids), "bodies": list(bodies)},
+    )
+
+
+async def shown(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, dict[str, str]]:
+    """order_no → template → the text that its ticket shows, for those of these orders that have one."""
+    found = await conn.execute(
+        text(
+            "SELECT order_no, template, shown FROM sms WHERE order_no = ANY(CAST(:numbers AS text[]))"
+            " AND shown <> ''"
+        ),
+        {"numbers": list(numbers)},
+    )
+    texts: dict[str, dict[str, str]] = {}
+    for row in found:
+        texts.setdefault(row.order_no, {})[row.template] = row.shown
+    return texts

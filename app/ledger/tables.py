@@ -348,8 +348,19 @@ sms = sa.Table(
     sa.Column("next_at", At, nullable=False, server_default=NOW),
     sa.Column("leased_until", At),
     sa.Column("generation", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column(
+        "shown", sa.Text
+    ),  # on the ticket instead, because no channel took it in time; '' = nothing to show
+    sa.Column(
+        "counted", sa.Boolean, nullable=False, server_default=sa.text("false")
+    ),  # under its number's limits
     _one_of("state", SMS_STATES, "sms_state_known"),
     sa.UniqueConstraint("order_no", "template", name="one_sms_a_step"),
+)
+sa.Index(
+    "sms_unshown",
+    sms.c.created_at,
+    postgresql_where=sa.text("shown IS NULL AND state IN ('due', 'unknown', 'failed')"),
 )
 sa.Index("sms_due", sms.c.next_at, postgresql_where=sa.text("state IN ('due', 'sending')"))
 

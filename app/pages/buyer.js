@@ -158,8 +158,9 @@ function paint() {
   if (!sale) return;
   document.title = sale.title;
   $("title").textContent = sale.title;
-  $("message").textContent = sale.message || "";
-  show("message", Boolean(sale.message));
+  const said = [sale.message, ticket && ticket.message !== sale.message && ticket.message].filter(Boolean).join("\n");
+  $("message").textContent = said; // the shop's words to everyone, and an SMS that no channel took
+  show("message", Boolean(said));
   const at = phase();
   $("state").textContent = { scheduled: T.lineOpensIn, line_open: T.opensIn, open: T.isOpen, paused: T.isPaused, sold_out: T.isSoldOut, closed: T.isClosed }[at] || "";
   const to = at === "scheduled" ? sale.line_opens_at : at === "line_open" ? sale.opens_at : null;

@@ -227,6 +227,23 @@ def _sandbox_url(word: str, settings: Settings) -> str:
     return settings.sandbox_2_url
 
 
+def sms_templates(settings: Settings) -> dict[str, Templates | None]:
+    """SMS suppliers in use, in order, with their approved templates; None: it sends any text.
+
+    CannotStart: an event has no template at one of them.
+    """
+    found: dict[str, Templates | None] = {}
+    for word in _words(settings.sms_provider, settings.sms_also):
+        match word:
+            case "aliyun-sms":
+                found[word] = Templates(settings.aliyun_sms_templates, "FAIRDROP_ALIYUN_SMS_TEMPLATES")
+            case "tencent-sms":
+                found[word] = Templates(settings.tencent_sms_templates, "FAIRDROP_TENCENT_SMS_TEMPLATES")
+            case _:
+                found[word] = None
+    return found
+
+
 def _sandbox_secret(settings: Settings) -> str:
     secret = settings.sandbox_secret.get_secret_value()
     if not secret and not settings.development:

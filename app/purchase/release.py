@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app.alarm import alert
 from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
-from app.ledger import confirming, course, orders, outbox, payments
+from app.ledger import confirming, course, orders, outbox, payments, sms
 from app.ledger.engine import alone
 from app.purchase.told import status_json
 from app.scripts import (
@@ -37,6 +37,7 @@ from app.scripts import (
     Taken,
 )
 from app.settings import Settings
+from app.texts import still_true
 
 LEASED_MAX = 200  # orders or outbox rows that one look takes
 AT_ONCE = 16  # orders whose payment is cleared at a time
@@ -283,6 +284,7 @@ class Releaser:
             found,
             await orders.lines(conn, numbers) if numbers else {},
             await payments.newest_attempts(conn, numbers) if numbers else {},
+            await sms.shown(conn, numbers) if numbers else {},
             await outbox.open_releases(conn, numbers) if numbers else set(),
             await course.epochs(conn, sorted({row["sale"] for row in rows})),
         )
@@ -400,12 +402,14 @@ class _Facts:
     orders: dict[str, dict[str, Any]]
     lines: dict[str, list[dict[str, Any]]]
     attempts: dict[str, dict[str, Any]]
+    texts: dict[str, dict[str, str]]  # by template, where no channel took them
     releases: set[str]  # orders whose units are still to be released
     epochs: dict[str, int]  # of the sales, by Postgres
 
     def status(self, order: Mapping[str, Any]) -> bytes:
         number = order["order_no"]
-        return status_json(order, self.lines.get(number, []), self.attempts.get(number))
+        said = still_true(self.texts.get(number, {}), order["state"])
+        return status_json(order, self.lines.get(number, []), self.attempts.get(number), said)
 
 
 def _held(row: Mapping[str, Any]) -> tuple[int, int]:

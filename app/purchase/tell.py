@@ -1,14 +1,19 @@
-"""Texts to buyers about their order: at most once. What a lost one would have said is on the ticket too.
+"""Texts to buyers about their order: at most once. What no channel takes in time is on the ticket too.
 
-The row is `sending` before the supplier is called. Certainly not sent: again until it would come too late. Unknown:
-never again. Phone numbers are opened here, for the one call, and go nowhere else.
+The row is `sending` before a supplier is called. Suppliers are tried in their route's order, the next one only when the
+text certainly was not sent: the breaker is open, no connection, refused before processing, or a refusal that another
+supplier may not share. None could: again until it would come too late. Unknown: never again, nowhere else. A number
+gets only so many texts a minute, an hour and a day; one too many waits. Phone numbers are opened here, for the one
+call, and go nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, assert_never
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, assert_never
 
 import msgspec
 import structlog
@@ -16,60 +21,34 @@ from prometheus_client import Counter
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.ledger import sms
+from app.errors import DidNotHappen, Unknown
+from app.ledger import orders, sms
 from app.ledger.engine import alone
-from app.providers.answer import Done, MaybeDone, NotDone, Refused
-from app.providers.guard import GuardedSms
+from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.registry import Providers
-from app.providers.sms import Text
+from app.providers.sms import Sent, Text
 from app.purchase.leased import work_off
 from app.purchase.pay import backoff_s
-from app.sealing import CannotOpen, SealingKey, contact_aad, sealing_keys, unseal
+from app.scripts import Scripts, Wait
+from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
 from app.settings import Settings
+from app.texts import KINDS, Kind, language_of, render, values
 
 Row = dict[str, Any]
 log = structlog.get_logger()
 
 SWEEP_EVERY_S = 1.0
-TITLE_MAX = 40  # characters of a title in a text: two segments at most in either language
+SHOW_EVERY_S = 1.0
+SHOW_MAX = 200  # texts put on tickets in one transaction
+LEASE_SHARE = 0.5  # of a lease that may be over when another supplier is begun with
 
 TEXTS = Counter("fairdrop_sms", "Texts by template and what became of them", ["template", "outcome"])
+FAILOVERS = Counter(
+    "fairdrop_sms_failovers", "Texts handed on, by the supplier that did not take them", ["provider"]
+)
 
-# template -> order states in which it is still true; sent later it would only confuse
-STILL_TRUE: dict[str, frozenset[str]] = {
-    "reserved": frozenset({"reserved"}),
-    "paid": frozenset({"paid"}),
-    "expired": frozenset({"expired"}),
-    "cancelled": frozenset({"cancelled"}),
-    "refunded": frozenset({"refunded"}),
-}
-
-TEMPLATES: dict[str, dict[str, str]] = {
-    "zh-CN": {
-        "reserved": (
-            "【{sale}】恭喜!您已抢到{item} ×{units},请在{minutes}分钟内支付{amount},逾期将自动释放。"
-            "订单号{order_no}"
-        ),
-        "paid": "【{sale}】{item} ×{units} 付款成功({amount})。订单号{order_no}",
-        "expired": "【{sale}】您的订单{order_no}未在时限内付款,{item}已释放给下一位。",
-        "cancelled": "【{sale}】您的订单{order_no}({item})已取消。",
-        "refunded": "【{sale}】订单{order_no}的{amount}已原路退回,到账时间以支付渠道为准。",
-    },
-    "en": {
-        "reserved": (
-            "{sale}: {item} x{units} is yours. Pay {amount} within {minutes} min or it goes to the next in line."
-            " Order {order_no}"
-        ),
-        "paid": "{sale}: {item} x{units} is paid ({amount}). Order {order_no}",
-        "expired": "{sale}: order {order_no} was not paid in time; {item} went to the next in line.",
-        "cancelled": "{sale}: order {order_no} ({item}) is cancelled.",
-        "refunded": "{sale}: {amount} of order {order_no} is on its way back to you.",
-    },
-}
-
-# ISO 4217 currencies without a minor unit that shops use
-_NO_MINOR = frozenset({"JPY", "KRW", "VND", "CLP", "XAF", "XOF", "PYG", "UGX", "ISK"})
-_THREE_MINOR = frozenset({"BHD", "JOD", "KWD", "OMR", "TND", "IQD", "LYD"})
+# What the guard itself answers, without a call: for sure nothing has left us.
+NOT_CALLED = frozenset({"breaker_open", "no_place"})
 
 
 class Contact(msgspec.Struct, frozen=True):
@@ -79,12 +58,77 @@ class Contact(msgspec.Struct, frozen=True):
     language: str | None = None
 
 
-async def run(engine: AsyncEngine, providers: Providers, settings: Settings, stopping: asyncio.Event) -> None:
-    """Send due texts until `stopping` is set."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many texts a number gets. GCRA, so that no window of a minute, an hour or 24 h ever sees more."""
+
+    per_min: int
+    per_hour: int
+    per_day: int
+
+    @staticmethod
+    def gcra(count: int, window_ms: int) -> tuple[int, int]:
+        """(period in ms, burst) under which no window holds more than `count`: half of them at once, then spread.
+
+        In a window fit burst + floor((window - 1 ms) / period): with the period below, exactly `count`.
+        """
+        burst = (count + 1) // 2
+        return -(-window_ms // (count - burst + 1)), burst
+
+    async def wait_ms(self, scripts: Scripts, key: SealingKey, phone: str) -> int:
+        """Count one text to this number; 0: it may go. Else nothing was counted, and it may go in so many ms.
+
+        Without Redis it may go: the suppliers have limits of their own, and a text that waits helps nobody.
+        """
+        minute, hour, day = (
+            self.gcra(self.per_min, 60_000),
+            self.gcra(self.per_hour, 3_600_000),
+            self.gcra(self.per_day, 86_400_000),
+        )
+        try:
+            answer = await scripts.sms_take(
+                number=number_index(key, phone).hex(),
+                minute_period=minute[0],
+                minute_burst=minute[1],
+                hour_period=hour[0],
+                hour_burst=hour[1],
+                day_period=day[0],
+                day_burst=day[1],
+            )
+        except (DidNotHappen, Unknown) as error:
+            log.warning("sms_limits_not_asked", error=type(error).__name__)
+            return 0
+        return answer.ms if isinstance(answer, Wait) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Teller:
+    """What every step here needs."""
+
+    engine: AsyncEngine
+    providers: Providers
+    scripts: Scripts
+    keys: Sequence[SealingKey]
+    limits: Limits
+    lease_s: float
+    shown_after_s: float
+
+    def route(self, key: str) -> list[str]:
+        """The suppliers to be tried for this text, the first one first."""
+        return [name for name in self.providers.routes.order("sms", None, key) if name in self.providers.sms]
+
+    def room(self) -> int:
+        """How many texts may begin now: what the roomiest supplier takes, for the next one takes over from it."""
+        return max((self.providers.sms[name].guard.ready() for name in self.route("")), default=0)
+
+
+async def run(
+    engine: AsyncEngine, scripts: Scripts, providers: Providers, settings: Settings, stopping: asyncio.Event
+) -> None:
+    """Send due texts until `stopping` is set, and show those on the ticket that nobody takes."""
+    limits = Limits(settings.sms_number_per_min, settings.sms_number_per_hour, settings.sms_number_per_day)
     keys = sealing_keys(settings.pii_keys.get_secret_value())
-    provider = next(iter(providers.sms.values()), None)
-    if provider is None:
-        return  # on-page only
+    teller = Teller(engine, providers, scripts, keys, limits, settings.lease_s, settings.sms_shown_after_s)
     places = settings.tell_concurrency
 
     async def lease(count: int) -> list[Row]:
@@ -96,74 +140,142 @@ async def run(engine: AsyncEngine, providers: Providers, settings: Settings, sto
             work_off(
                 "tell",
                 lease,
-                lambda row: send(engine, provider, keys, row),
-                lambda running: min(places - running, provider.guard.ready()),
+                lambda row: send(teller, row),
+                lambda running: min(places - running, teller.room()),
                 stopping,
             )
         )
-        group.create_task(_sweep(engine, stopping))
+        group.create_task(_every(SWEEP_EVERY_S, lambda: _sweep(engine), stopping))
+        group.create_task(_every(SHOW_EVERY_S, lambda: show(teller), stopping))
 
 
-async def _sweep(engine: AsyncEngine, stopping: asyncio.Event) -> None:
+async def _every(every_s: float, turn: Callable[[], Awaitable[object]], stopping: asyncio.Event) -> None:
     while not stopping.is_set():
+        more = None
         try:
-            async with alone(engine) as conn:
-                dropped, unknown = await sms.sweep(conn)
-            if dropped:
-                TEXTS.labels("any", "dropped").inc(dropped)
-            if unknown:
-                TEXTS.labels("any", "unknown").inc(unknown)
+            more = await turn()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            log.warning("cannot_sweep_sms", error=type(error).__name__)
+            log.warning("sms_rows_wait", error=type(error).__name__)
+        if more:
+            continue
         try:
-            async with asyncio.timeout(SWEEP_EVERY_S):
+            async with asyncio.timeout(every_s):
                 await stopping.wait()
         except TimeoutError:
             continue
 
 
-async def send(engine: AsyncEngine, provider: GuardedSms, keys: Sequence[SealingKey], row: Row) -> None:
-    """Send one leased text, if what it says is still true, and store what became of it."""
-    held = (row["id"], row["generation"])
-    template = row["template"]
-    if row["order_state"] not in STILL_TRUE.get(template, frozenset()):
-        await _end(engine, held, template, "dropped", "overtaken")
-        return
-    contact = _open(keys, row)
-    if contact is None or not contact.phone:
-        await _end(engine, held, template, "dropped", "no_contact")
-        return
-    language = language_of(contact.language)
-    answer = await provider.send(
-        Text(
-            id=row["id"],
-            phone=contact.phone,
-            language=language,
-            template=template,
-            body=render(template, language, row),
-            params=values(row),
-        )
-    )
+async def _sweep(engine: AsyncEngine) -> None:
+    async with alone(engine) as conn:
+        dropped, unknown = await sms.sweep(conn)
+    if dropped:
+        TEXTS.labels("any", "dropped").inc(dropped)
+    if unknown:
+        TEXTS.labels("any", "unknown").inc(unknown)
+
+
+# Sending
+
+Next = Literal["sent", "unknown", "failed", "again", "next"]
+
+
+def next_step(kind: Kind, answer: Answer[Sent]) -> Next:
+    """What follows an answer. next: another supplier may be asked; none left: `again` or, if it was refused, `failed`.
+
+    A one-time text ends with the first call that left us: it is not known to have been read by nobody.
+    """
     match answer:
-        case Done(sent):
-            async with engine.begin() as conn:
-                await sms.end(conn, held, "sent", provider=provider.name, provider_ref=sent.provider_ref)
-            TEXTS.labels(template, "sent").inc()
-        case NotDone():
-            async with engine.begin() as conn:
-                await sms.again(conn, held, backoff_s(row["tries"], answer.retry_in_ms), answer.code)
-            TEXTS.labels(template, "again").inc()
-        case Refused():
-            await _end(engine, held, template, "failed", answer.code)
+        case Done():
+            return "sent"
         case MaybeDone():
-            await _end(engine, held, template, "unknown", answer.code)
+            return "unknown"
+        case NotDone():
+            return "next" if not kind.one_time or answer.code in NOT_CALLED else "failed"
+        case Refused():
+            return "next" if answer.other_may and not kind.one_time else "failed"
         case _:
             assert_never(answer)
 
 
-async def _end(engine: AsyncEngine, held: tuple[str, int], template: str, state: str, code: str) -> None:
-    async with engine.begin() as conn:
-        await sms.end(conn, held, state, code=code)
+async def send(teller: Teller, row: Row) -> None:
+    """Send one leased text, if what it says is still true, and store what became of it."""
+    held, template = (row["id"], row["generation"]), row["template"]
+    began = time.monotonic()
+    kind = KINDS.get(template)
+    if kind is None or row["order_state"] not in kind.true_in:
+        await _end(teller, held, template, "dropped", "overtaken")
+        return
+    contact = _open(teller.keys, row)
+    if contact is None or not contact.phone:
+        await _end(teller, held, template, "dropped", "no_contact")
+        return
+    if not row["counted"]:
+        wait_ms = await teller.limits.wait_ms(teller.scripts, teller.keys[0], contact.phone)
+        if wait_ms:
+            await _again(teller, held, template, wait_ms / 1000, "limited", counted=False)
+            return
+    language = language_of(contact.language)
+    text = Text(
+        id=row["id"],
+        phone=contact.phone,
+        language=language,
+        template=template,
+        body=render(template, language, row),
+        params=values(row),
+    )
+    not_done: list[NotDone] = []
+    refused: Refused | None = None
+    before = ""
+    for name in teller.route(row["id"]):
+        if not_done and time.monotonic() - began > teller.lease_s * LEASE_SHARE:
+            break  # the lease must outlast the call: a text whose lease has ended counts as sent
+        if before:
+            FAILOVERS.labels(before).inc()
+        before = name
+        answer = await teller.providers.sms[name].send(text)
+        match next_step(kind, answer):
+            case "sent":
+                assert isinstance(answer, Done)
+                async with teller.engine.begin() as conn:
+                    await sms.end(conn, held, "sent", provider=name, provider_ref=answer.value.provider_ref)
+                TEXTS.labels(template, "sent").inc()
+                return
+            case "unknown" | "failed" as state:
+                assert not isinstance(answer, Done)
+                await _end(teller, held, template, state, answer.code, provider=name)
+                return
+        if isinstance(answer, NotDone):
+            not_done.append(answer)
+        elif isinstance(answer, Refused):
+            refused = answer
+    if not_done or refused is None:
+        # The first that may be tried again says when.
+        at_least_ms = min((answer.retry_in_ms for answer in not_done), default=0)
+        code = not_done[0].code if not_done else "no_supplier"
+        await _again(teller, held, template, backoff_s(row["tries"], at_least_ms), code, counted=True)
+    else:
+        await _end(teller, held, template, "failed", refused.code)
+
+
+async def _again(
+    teller: Teller, held: tuple[str, int], template: str, wait_s: float, code: str, *, counted: bool
+) -> None:
+    async with teller.engine.begin() as conn:
+        await sms.again(conn, held, wait_s, code, counted=counted)
+    TEXTS.labels(template, "limited" if code == "limited" else "again").inc()
+
+
+async def _end(
+    teller: Teller,
+    held: tuple[str, int],
+    template: str,
+    state: str,
+    code: str,
+    *,
+    provider: str | None = None,
+) -> None:
+    async with teller.engine.begin() as conn:
+        await sms.end(conn, held, state, code=code, provider=provider)
     TEXTS.labels(template, state).inc()
 
 
@@ -179,37 +291,29 @@ def _open(keys: Sequence[SealingKey], row: Row) -> Contact | None:
         return None
 
 
-def language_of(wanted: str | None) -> str:
-    """zh-CN for any Chinese, and where nothing is known; else en."""
-    word = (wanted or "zh").lower()
-    return "zh-CN" if word == "zh" or word.startswith("zh-") else "en"
+# On the ticket
 
 
-def money(amount_minor: int, currency: str) -> str:
-    """`12.50 CNY`, with as many decimals as the currency has."""
-    if currency in _NO_MINOR:
-        return f"{amount_minor} {currency}"
-    digits = 3 if currency in _THREE_MINOR else 2
-    return f"{amount_minor // 10**digits}.{amount_minor % 10**digits:0{digits}} {currency}"
+async def show(teller: Teller) -> bool:
+    """Put texts that no channel took in time on their tickets, in the buyer's language. Whether there are more."""
+    async with teller.engine.begin() as conn:
+        rows = await sms.unshown(conn, teller.shown_after_s, SHOW_MAX)
+        bodies = [_body(teller.keys, row) for row in rows]
+        if rows:
+            await sms.show(conn, [row["id"] for row in rows], bodies)
+        # In one order, whoever else takes locks on several orders.
+        for number in sorted({row["order_no"] for row, body in zip(rows, bodies, strict=True) if body}):
+            await orders.bump(conn, number)
+    told = sum(map(bool, bodies))
+    if told:
+        TEXTS.labels("any", "shown").inc(told)
+    return len(rows) == SHOW_MAX
 
 
-def render(template: str, language: str, row: Row) -> str:
-    """The text itself, in one line. Titles are the shop's own words, cut to TITLE_MAX."""
-    return TEMPLATES[language][template].format_map(values(row))
-
-
-def values(row: Row) -> dict[str, str]:
-    """What a text is made with; suppliers that send approved templates only are given these."""
-    return {
-        "sale": _short(row["sale_title"]),
-        "item": _short(row["item_title"]),
-        "units": str(row["units"]),
-        "amount": money(row["amount_minor"], row["currency"]),
-        "minutes": str(max(1, row["pay_within_s"] // 60)),
-        "order_no": row["order_no"],
-    }
-
-
-def _short(title: str) -> str:
-    line = " ".join(title.split())
-    return line if len(line) <= TITLE_MAX else line[: TITLE_MAX - 1] + "…"
+def _body(keys: Sequence[SealingKey], row: Row) -> str:
+    """The text for the ticket; '' where it is no longer true, or nobody left a contact to be told at."""
+    kind = KINDS.get(row["template"])
+    if kind is None or row["order_state"] not in kind.true_in:
+        return ""
+    contact = _open(keys, row)
+    return "" if contact is None else render(row["template"], language_of(contact.language), row)

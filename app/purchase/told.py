@@ -95,21 +95,23 @@ def payment_told(order: Row, attempt: Row | None) -> dict[str, Any]:
     }
 
 
-def status_json(order: Row, lines: Sequence[Row], attempt: Row | None) -> bytes:
-    """The status of a ticket that has an order row: {"order", "payment", "leaving", "reason"}.
+def status_json(order: Row, lines: Sequence[Row], attempt: Row | None, text: str | None = None) -> bytes:
+    """The status of a ticket that has an order row: {"order", "payment", "leaving", "reason"} and, if given, "text".
 
     order: a purchase_order row (order_no, state, amount_minor, currency, pay_by, reason, leaving).
     lines: its order_line rows in order. attempt: its newest payment_attempt row or None.
-    Any mapping with these names will do (SQLAlchemy: `row._mapping`).
+    Any mapping with these names will do (SQLAlchemy: `row._mapping`). text: what an SMS would have said, had a channel
+    taken it; the buyer's own ticket shows it as its message.
     """
-    return msgspec.json.encode(
-        {
-            "order": order_told(order, lines),
-            "payment": payment_told(order, attempt),
-            "leaving": bool(order["leaving"]) and order["state"] == "reserved",
-            "reason": order["reason"],
-        }
-    )
+    status = {
+        "order": order_told(order, lines),
+        "payment": payment_told(order, attempt),
+        "leaving": bool(order["leaving"]) and order["state"] == "reserved",
+        "reason": order["reason"],
+    }
+    if text:
+        status["text"] = text
+    return msgspec.json.encode(status)
 
 
 def refused_json(reason: str, live_order_no: str | None = None) -> bytes:

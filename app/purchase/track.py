@@ -69,6 +69,7 @@ class Status(msgspec.Struct):
     payment: msgspec.Raw = msgspec.Raw(b"null")
     leaving: bool = False
     reason: str | None = None
+    text: msgspec.Raw = msgspec.Raw(b"null")  # what an SMS would have said, had a channel taken it
 
 
 class _State(msgspec.Struct):
@@ -376,12 +377,12 @@ class Tracker:
         state = STATE_OF[byte]
         in_hand = state is TicketState.CLAIMED or state is TicketState.RESERVED
         leaving = in_hand and (seen.ask.startswith(b"leave|") or (status is not None and status.leaving))
-        order = payment = reason = b"null"
+        order = payment = reason = text = b"null"
         poll: int | None = None
         starting = False
         if status is not None:
             order, payment = bytes(status.order), bytes(status.payment)
-            reason = msgspec.json.encode(status.reason)
+            reason, text = msgspec.json.encode(status.reason), bytes(status.text)
             starting = seen.payment.state in ("starting", "unknown")
         if state is TicketState.RESERVED and seen.ask.startswith(b"pay|"):
             channel = seen.ask.split(b"|", 2)[2].decode()
@@ -393,9 +394,9 @@ class Tracker:
             poll = self._jittered(STARTING_POLL_MS if starting or leaving else RESERVED_POLL_MS)
         elif seen.order_state == "refunding":
             poll = self._jittered(REFUNDING_POLL_MS)
-        key = b"|".join((byte, _BOOL[leaving], order, payment, reason))
+        key = b"|".join((byte, _BOOL[leaving], order, payment, reason, text))
         if not mine:
-            order = payment = b"null"
+            order = payment = text = b"null"
         body = _DOC % (
             token.encode("ascii"),
             ticket_id(ticket).encode(),
@@ -410,7 +411,7 @@ class Tracker:
             b"null",
             now_ms,
             b"null" if poll is None else b"%d" % poll,
-            view.message_json,
+            view.message_json if text == b"null" else text,
             reason,
             order,
             payment,

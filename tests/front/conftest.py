@@ -200,6 +200,7 @@ class Shop:
         version: int = 1,
         payment: dict[str, Any] | None = None,
         keep_ask: bool = False,
+        text: str | None = None,
     ) -> Any:
         """What the worker tells a winner."""
         states = {b"r": "reserved", b"p": "paid", b"k": "cancelled", b"e": "expired", b"f": "refunded"}
@@ -214,7 +215,8 @@ class Shop:
             "channel": None, "state": "none", "kind": None, "url": None, "params": None, "expires_at": None,
             "code": None, **(payment or {}),
         }  # fmt: skip
-        status = json.dumps({"order": order, "payment": told, "leaving": False, "reason": None})
+        document = {"order": order, "payment": told, "leaving": False, "reason": None}
+        status = json.dumps(document | ({"text": text} if text else {}))
         return await self.scripts.ticket_mark(
             sale=sale,
             epoch=1,

@@ -83,6 +83,24 @@ async def test_a_winner_follows_the_ticket_from_claimed_to_paid(front: Front, sh
     assert told["state"] == "paid" and told["poll_after_ms"] is None
 
 
+async def test_a_text_that_no_channel_took_is_the_message_of_the_buyers_own_ticket(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
+    await shop.publish()
+    await seen()
+    ticket = (await front.join("x", "ann")).json()["ticket"]
+    await shop.switch("x", message="for everyone")
+    await shop.mark("x", 1, b"r", version=2, text="恭喜")
+    assert (await front.poll(ticket, "ann")).json()["message"] == "恭喜"
+    await until(lambda: _message(front, ticket, None, "for everyone"))  # nobody else reads it
+    await shop.mark("x", 1, b"p", version=3)
+    await until(lambda: _message(front, ticket, "ann", "for everyone"))
+
+
+async def _message(front: Front, ticket: str, buyer: str | None, said: str) -> bool:
+    return bool((await front.poll(ticket, buyer)).json()["message"] == said)
+
+
 async def test_forged_foreign_and_absent_tickets_are_told_apart_by_nobody(
     front: Front, open_door: Open, shop: Shop, seen: Seen
 ) -> None:

@@ -34,7 +34,7 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
         sale="x", epoch=stage.epoch, old_home=stage.link.run_id, new_home="n", pulse_at_least=0
     ),
 }
-NOT_FENCED = {"sale_publish", "rate_take"}  # no sale yet; no sale at all
+NOT_FENCED = {"sale_publish", "rate_take", "sms_take"}  # no sale yet; no sale at all
 
 
 async def scene(stage: Stage) -> Stage:

@@ -21,8 +21,8 @@ from tests.providers.standins import loopback
 from tests.providers.standins.sms_apis import AliyunApi
 
 TEMPLATES = (
-    '{"reserved.zh-CN": ["SMS_1", "order_no", "pay_by"], "reserved.en": ["SMS_2"],'
-    ' "paid": ["SMS_3", "order_no"]}'
+    '{"reserved.zh-CN": ["SMS_1", "order_no", "minutes"], "reserved.en": ["SMS_2"],'
+    ' "paid": ["SMS_3", "order_no"], "expired": null, "cancelled": null, "refunded": null}'
 )
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -61,7 +61,7 @@ def text(**changes: Any) -> Text:
         "language": "zh-CN",
         "template": "reserved",
         "body": "您的订单 ORDER1 请在 12:15 前付款",
-        "params": {"order_no": "A B+C*~/é", "pay_by": "12:15", "unused": "x"},
+        "params": {"order_no": "A B+C*~/é", "minutes": "12:15", "unused": "x"},
     }
     return Text(**{**values, **changes})
 
@@ -99,7 +99,7 @@ async def test_a_text_is_sent_as_its_approved_template(api: AliyunApi, sms: Aliy
             "PhoneNumbers": "13800138000",
             "SignName": "闪购",
             "TemplateCode": "SMS_1",
-            "TemplateParam": '{"order_no":"A B+C*~/é","pay_by":"12:15"}',
+            "TemplateParam": '{"order_no":"A B+C*~/é","minutes":"12:15"}',
             "OutId": "ORDER1-reserved",
         }
     ]
@@ -197,7 +197,33 @@ def test_whatever_a_value_holds_the_query_reads_back(value: str) -> None:
     assert dict(parse_qsl(query, keep_blank_values=True)) == {"A": value, "B~": "x"}
 
 
-@pytest.mark.parametrize("bad", ["{", "[]", '{"a": "SMS_1"}', '{"a": []}', '{"a": [1]}'])
-def test_bad_templates_stop_the_start(bad: str) -> None:
-    with pytest.raises(CannotStart, match="FAIRDROP_X"):
+COMPLETE = '{"reserved": ["1"], "paid": ["2"], "expired": ["3"], "cancelled": null, "refunded.zh": ["4"]%s}'
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ("{", "JSON"),
+        ("[]", "JSON"),
+        ('{"paid": "SMS_1"}', "JSON"),
+        ('{"paid": []}', "code"),
+        ('{"paid": [""]}', "code"),
+        ('{"paid": [1]}', "JSON"),
+        ("", "no template for reserved.zh-CN, reserved.en, paid.zh-CN"),
+        (COMPLETE % "", "no template for refunded.en;"),
+        (COMPLETE % ', "refunded.en": ["5", "pay_by"]', "no value|value 'pay_by'"),
+        (COMPLETE % ', "refunded.en": ["5"], "shipped": ["6"]', "no text 'shipped'"),
+        (COMPLETE % ', "refunded.en": ["5"], "paid.fr": ["6"]', "'fr'"),
+    ],
+)
+def test_bad_or_forgotten_templates_stop_the_start(bad: str, why: str) -> None:
+    with pytest.raises(CannotStart, match=f"FAIRDROP_X.*({why})"):
         Templates(bad, "FAIRDROP_X")
+
+
+def test_an_event_may_be_left_to_another_supplier_on_purpose() -> None:
+    templates = Templates(COMPLETE % ', "refunded.en": ["5"]', "FAIRDROP_X")
+    assert templates.named("cancelled", "en") is None
+    assert templates.of(text(template="cancelled")) == Refused("template_missing", other_may=True)
+    named = templates.named("refunded", "zh-CN")
+    assert named is not None and named.code == "4"

@@ -16,6 +16,9 @@ from tests.providers.standins.wechat_pay_api import WechatPayApi
 
 KEY = loopback.pem(loopback.rsa_key("alipay merchant"))
 PUBLIC = loopback.public_pem(loopback.rsa_key("alipay"))
+TEMPLATES = (
+    '{"reserved": ["1", "minutes"], "paid": ["2"], "expired": ["3"], "cancelled": ["4"], "refunded": null}'
+)
 ALL: dict[str, Any] = {
     "env": "development",
     "payment_provider": "stripe",
@@ -36,12 +39,12 @@ ALL: dict[str, Any] = {
     "aliyun_sms_key_id": "LTAI",
     "aliyun_sms_key_secret": "x",
     "aliyun_sms_signature": "闪购",
-    "aliyun_sms_templates": '{"paid": ["SMS_1"]}',
+    "aliyun_sms_templates": TEMPLATES,
     "tencent_sms_secret_id": "AKID",
     "tencent_sms_secret_key": "x",
     "tencent_sms_app_id": "1400",
     "tencent_sms_signature": "闪购",
-    "tencent_sms_templates": '{"paid": ["1110"]}',
+    "tencent_sms_templates": TEMPLATES,
     "twilio_account_sid": "AC1",
     "twilio_auth_token": "x",
     "twilio_sender": "+1501",

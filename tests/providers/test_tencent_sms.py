@@ -49,7 +49,9 @@ def adapter_of(api: TencentApi, **changes: Any) -> TencentSms:
         "app_id": "1400006666",
         "signature": "闪购",
         "templates": Templates(
-            '{"reserved": ["1110", "pay_by", "order_no"]}', "FAIRDROP_TENCENT_SMS_TEMPLATES"
+            '{"reserved": ["1110", "minutes", "order_no"], "paid": null, "expired": null, "cancelled": null,'
+            ' "refunded": null}',
+            "FAIRDROP_TENCENT_SMS_TEMPLATES",
         ),
         "deadline_s": 2.0,
         "connections_max": 4,
@@ -65,7 +67,7 @@ def text(**changes: Any) -> Text:
         "language": "zh-CN",
         "template": "reserved",
         "body": "…",
-        "params": {"order_no": "ORDER1", "pay_by": "12:15"},
+        "params": {"order_no": "ORDER1", "minutes": "12:15"},
     }
     return Text(**{**values, **changes})
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from app import texts
+from app.breaker import Result
+from app.keys import SaleKeys
 from app.ledger import orders, sms
+from app.providers import registry
+from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
+from app.providers.guard import Guard, GuardedSms
+from app.providers.routes import Routes
+from app.providers.sms import Sent, Text
 from app.purchase import tell
+from app.texts import Kind
 from tests.providers.server import Shop, sandbox, until
 from tests.purchase.money import Money, money
 
@@ -32,7 +42,9 @@ async def till(shop: Shop, redis_url: str, database_url: str) -> AsyncIterator[M
 @contextlib.asynccontextmanager
 async def telling(till: Money) -> AsyncIterator[None]:
     stopping = asyncio.Event()
-    running = asyncio.create_task(tell.run(till.engine, till.providers, till.settings, stopping))
+    running = asyncio.create_task(
+        tell.run(till.engine, till.scripts, till.providers, till.settings, stopping)
+    )
     try:
         yield
     finally:
@@ -172,10 +184,200 @@ async def test_a_hanging_sms_supplier_holds_up_no_payment(till: Money) -> None:
         await till.becomes(number, "paid")
 
 
+# Failover
+
+
+class Supplier:
+    """An SMS supplier that answers as it is told."""
+
+    def __init__(self, name: str, *answers: Answer[Sent]) -> None:
+        self.name, self.answers, self.sent = name, list(answers), list[Text]()
+
+    async def send(self, text: Text) -> Answer[Sent]:
+        self.sent.append(text)
+        return self.answers.pop(0) if self.answers else Done(Sent(f"{self.name}-ref"))
+
+    async def aclose(self) -> None:
+        return None
+
+
+def suppliers(till: Money, *found: Supplier) -> None:
+    """These, in this order, instead of the sandbox."""
+    rules = registry.guard_rules(till.settings)
+    till.providers.sms = {one.name: GuardedSms(one, Guard(one.name, "sms", rules)) for one in found}
+    till.providers.routes = Routes({"sandbox": ()}, [one.name for one in found])
+
+
+THROTTLED = NotDone("throttled", counts=Result.IGNORED)
+ELSEWHERE, NOWHERE = Refused("no_template", other_may=True), Refused("bad_number")
+
+
+@pytest.mark.parametrize("first", [NotDone("ConnectError"), THROTTLED, ELSEWHERE])
+async def test_the_next_supplier_sends_what_the_first_certainly_did_not(
+    till: Money, first: Answer[Sent]
+) -> None:
+    one, two = Supplier("one", first), Supplier("two")
+    suppliers(till, one, two)
+    await due(till)
+    async with telling(till):
+        sent = await becomes(till, "sent")
+    assert (sent["provider_ref"], sent["tries"]) == ("two-ref", 1)
+    assert (len(one.sent), len(two.sent)) == (1, 1)
+
+
+@pytest.mark.parametrize(("first", "state"), [(MaybeDone("deadline"), "unknown"), (NOWHERE, "failed")])
+async def test_no_other_supplier_is_given_what_may_have_been_sent_or_nobody_can_send(
+    till: Money, first: Answer[Sent], state: str
+) -> None:
+    one, two = Supplier("one", first), Supplier("two")
+    suppliers(till, one, two)
+    await due(till)
+    async with telling(till):
+        await becomes(till, state)
+    assert (len(one.sent), two.sent) == (1, [])
+
+
+async def test_an_open_breaker_hands_on_and_costs_no_call(till: Money) -> None:
+    one, two = Supplier("one"), Supplier("two")
+    suppliers(till, one, two)
+    till.providers.sms["one"].guard.breaker.set_mode("forced_open")
+    await due(till)
+    async with telling(till):
+        assert (await becomes(till, "sent"))["provider_ref"] == "two-ref"
+    assert one.sent == []
+
+
+async def test_what_every_supplier_refuses_has_failed_and_is_on_the_ticket(till: Money) -> None:
+    one, two = Supplier("one", ELSEWHERE), Supplier("two", ELSEWHERE)
+    suppliers(till, one, two)
+    number = await due(till)
+    async with telling(till):
+        assert (await becomes(till, "failed"))["code"] == "no_template"
+        await until(lambda: shown(till, number))
+
+
+async def shown(till: Money, number: str) -> str:
+    """What the ticket shows instead of a text; '' if it shows none."""
+    await till.relay()
+    rows = await till.sql("SELECT seq FROM purchase_order WHERE order_no = :no", no=number)
+    raw = await till.link.call("HGET", SaleKeys("drop").status, f"PH-128:{rows[0]['seq']}")
+    return str(json.loads(raw.split(b"|", 2)[2]).get("text", "")) if raw else ""
+
+
+async def test_with_every_channel_down_the_buyer_reads_the_text_on_the_ticket_until_they_are_back(
+    shop: Shop, redis_url: str, database_url: str
+) -> None:
+    async with money(shop, redis_url, database_url, sms_shown_after_s=0.2) as till:
+        await till.publish()
+        await till.shop.control(sms={"refuse_rate": 1})
+        number = await due(till)
+        async with telling(till):
+            text = str(await until(lambda: shown(till, number)))
+            row = (await till.sql("SELECT state, shown FROM sms"))[0]
+            assert (row["state"] in ("due", "sending"), row["shown"]) == (True, text)
+            assert number in text and "恭喜" in text  # the buyer's language
+            assert "13800000001" not in repr(await till.sql("SELECT * FROM sms"))
+            await till.shop.control(reset=True)
+            await becomes(till, "sent")
+        assert [sent["body"] for sent in await till.shop.texts()] == [text]
+        # Once the order has gone on, the ticket no longer says what was true before.
+        async with till.engine.begin() as conn:
+            await orders.pay(conn, number)
+        await till.sql("DELETE FROM sms WHERE template = 'paid'")
+        assert await shown(till, number) == ""
+
+
+async def test_nothing_is_shown_of_a_text_that_was_sent_in_time(till: Money) -> None:
+    number = await due(till)
+    async with telling(till):
+        await becomes(till, "sent")
+    await till.sql("UPDATE sms SET created_at = now() - interval '1 h'")
+    async with till.engine.begin() as conn:
+        assert await sms.unshown(conn, 1, 10) == []
+    assert await shown(till, number) == ""
+
+
+# One-time codes
+
+CODE = Kind({"en": "{order_no}", "zh-CN": "{order_no}"}, frozenset({"reserved"}), one_time=True)
+PLAIN = texts.KINDS["reserved"]
+ANSWERS: list[tuple[Answer[Sent], str, str]] = [
+    (Done(Sent("x")), "sent", "sent"),
+    (MaybeDone("deadline"), "unknown", "unknown"),
+    (NOWHERE, "failed", "failed"),
+    (ELSEWHERE, "next", "failed"),
+    (NotDone("ConnectError"), "next", "failed"),
+    (THROTTLED, "next", "failed"),
+    (NotDone("breaker_open", 500, Result.IGNORED), "next", "next"),
+    (NotDone("no_place", 0, Result.IGNORED), "next", "next"),
+]
+
+
+@pytest.mark.parametrize(("answer", "plain", "code"), ANSWERS)
+def test_a_one_time_code_ends_with_the_first_call_that_left_us(
+    answer: Answer[Sent], plain: str, code: str
+) -> None:
+    assert (tell.next_step(PLAIN, answer), tell.next_step(CODE, answer)) == (plain, code)
+
+
+@pytest.mark.parametrize("answer", [answer for answer, _, _ in ANSWERS[:6]])
+async def test_a_one_time_code_is_handed_to_one_supplier_once_whatever_it_answers(
+    till: Money, monkeypatch: pytest.MonkeyPatch, answer: Answer[Sent]
+) -> None:
+    monkeypatch.setitem(texts.KINDS, "reserved", CODE)
+    one, two = Supplier("one", answer), Supplier("two")
+    suppliers(till, one, two)
+    await due(till)
+
+    async def ended() -> bool:
+        return (await row(till))["state"] not in ("due", "sending")
+
+    async with telling(till):
+        await until(ended)
+    assert (len(one.sent), two.sent) == (1, [])
+
+
+# Limits of a number
+
+
+async def test_a_text_too_many_for_a_number_waits_and_is_counted_once_however_often_it_is_tried(
+    shop: Shop, redis_url: str, database_url: str
+) -> None:
+    async with money(shop, redis_url, database_url, sms_number_per_min=1) as till:
+        await till.publish()
+        one = Supplier("one", *[NotDone("refused")] * 2)
+        suppliers(till, one)
+        await due(till, buyer="ann")
+        async with telling(till):
+            await becomes(till, "sent")
+            assert len(one.sent) == 3  # tried again twice: one text, counted once
+            await due(till, buyer="bob")  # the same number
+            await until(lambda: till.one("SELECT count(*) FROM sms WHERE code = 'limited'"))
+        waiting = (await till.sql("SELECT state, tries, next_at > now() + interval '30 s' AS later FROM sms"
+                                  " WHERE code = 'limited'"))[0]  # fmt: skip
+        assert (waiting["state"], waiting["later"], len(one.sent)) == ("due", True, 3)
+        keys = [key.decode() for key in await till.link.call("KEYS", "{sms:*")]
+        assert len(keys) == 3 and not any("13800000001" in key for key in keys)
+        await till.sql("UPDATE sms SET expires_at = now() WHERE state = 'due'")
+        async with telling(till):
+            await until(
+                lambda: till.one("SELECT count(*) FROM sms WHERE state = 'dropped' AND code = 'limited'")
+            )
+
+
+async def test_without_redis_the_suppliers_own_limits_have_to_do(till: Money) -> None:
+    await due(till)
+    with capture_logs() as logs:
+        await till.link.close()
+        async with telling(till):
+            await becomes(till, "sent")
+    assert "sms_limits_not_asked" in [entry["event"] for entry in logs]
+
+
 @pytest.mark.parametrize("language", ["zh-CN", "en"])
-@pytest.mark.parametrize("template", sorted(tell.STILL_TRUE))
+@pytest.mark.parametrize("template", sorted(texts.KINDS))
 def test_every_template_is_there_in_every_language(language: str, template: str) -> None:
-    body = tell.render(
+    body = texts.render(
         template,
         language,
         {
@@ -201,7 +403,7 @@ def test_every_template_is_there_in_every_language(language: str, template: str)
     ],
 )
 def test_a_language_without_templates_is_english(wanted: str | None, spoken: str) -> None:
-    assert tell.language_of(wanted) == spoken
+    assert texts.language_of(wanted) == spoken
 
 
 @pytest.mark.parametrize(
@@ -214,4 +416,4 @@ def test_a_language_without_templates_is_english(wanted: str | None, spoken: str
     ],
 )
 def test_money_has_the_decimals_of_its_currency(minor: int, currency: str, shown: str) -> None:
-    assert tell.money(minor, currency) == shown
+    assert texts.money(minor, currency) == shown

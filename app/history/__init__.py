@@ -1,1 +1,0 @@
-"""Histories: recorded by app.record, finished from the stores, judged."""
