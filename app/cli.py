@@ -273,15 +273,20 @@ def _register(wanted: str) -> None:
     """Add the commands that live in files of their own: the wanted one, or all (--help, a word that is none)."""
     if wanted in OWN_COMMANDS:
         return
-    if wanted != "verify-draw":
+    alone = ("demo", "verify-draw", "check-history")
+    if wanted == "demo" or wanted not in alone:
         from app import demo
 
         app.command()(demo.demo)
-    if wanted != "demo":
+    if wanted == "verify-draw" or wanted not in alone:
         from app import verify_draw
 
         app.command("verify-draw")(verify_draw.verify_draw)
-    if wanted not in ("demo", "verify-draw"):
+    if wanted == "check-history" or wanted not in alone:
+        from app import check_history
+
+        app.command("check-history")(check_history.check_history)
+    if wanted not in alone:
         from app import admin_cli
 
         admin_cli.register(app)

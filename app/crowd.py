@@ -11,7 +11,6 @@ no redirects.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections import Counter, deque
@@ -24,6 +23,7 @@ import httptools
 import msgspec
 
 from app.errors import FairdropError, Unknown
+from app.record import Recorder
 from app.states import ARROWS, LIVE, TicketState
 
 CONNECTIONS_MAX = (
@@ -163,6 +163,14 @@ class Wires:
         self._idle.clear()
 
 
+class Doing(NamedTuple):
+    """What a request is for, in a history: the operation, who wants it, and which of their hands does it."""
+
+    op: str
+    buyer: str
+    process: str = ""
+
+
 class Surprise(FairdropError):
     """A buyer was answered something that the contract does not have."""
 
@@ -224,8 +232,18 @@ def cast_crowd(buyers: int, units: int, seed: int) -> list[Buyer]:
 class Crowd:
     """Runs a crowd against one sale and counts what happens, for the progress display and for the verdict."""
 
-    def __init__(self, people: list[Buyer], *, front: str, sale: str, sku: str, seed: int) -> None:
+    def __init__(
+        self,
+        people: list[Buyer],
+        *,
+        front: str,
+        sale: str,
+        sku: str,
+        seed: int,
+        record: Recorder | None = None,
+    ) -> None:
         self.people = people
+        self._record = record
         self.front = Wires(front)
         self.sale = sale
         self.sku = sku
@@ -247,7 +265,7 @@ class Crowd:
         return time.time() + self._clock_offset_s
 
     async def set_clock(self) -> None:
-        answer = await self._repeat("GET", "/v1/time", b"")
+        answer = await self._repeat(Doing("time", ""), "GET", "/v1/time", b"")
         self._clock_offset_s = answer.json()["now_ms"] / 1000 - time.time()
 
     async def run(self, opens_s: float, early_s: float) -> None:
@@ -264,12 +282,30 @@ class Crowd:
         for wires in self._suppliers.values():
             wires.close()
 
-    async def _repeat(self, method: str, path: str, headers: bytes, body: bytes | None = None) -> Answer:
+    async def _ask(self, doing: Doing, method: str, path: str, headers: bytes, body: bytes | None) -> Answer:
+        """One request, written down with how it ended if a history is kept. Unknown: no answer came."""
+        record = self._record
+        if record is None or doing.op == "time":
+            return await self.front.ask(method, path, headers, body)
+        begun = record.invoke(
+            doing.op, doing.process or doing.buyer, doing.buyer, sale=self.sale, sku=self.sku, units=1
+        )
+        try:
+            answer = await self.front.ask(method, path, headers, body)
+        except Unknown:
+            record.end(begun, "unknown")
+            raise
+        record.answered(begun, answer.status, answer.json())
+        return answer
+
+    async def _repeat(
+        self, doing: Doing, method: str, path: str, headers: bytes, body: bytes | None = None
+    ) -> Answer:
         """Ask, and ask again as told after 429, 503 or a lost answer: the contract allows it for all we send."""
         problem: object = None
         for tries in range(TRIES_MAX):
             try:
-                answer = await self.front.ask(method, path, headers, body)
+                answer = await self._ask(doing, method, path, headers, body)
             except Unknown as error:
                 problem = error
                 wait_s = 0.2
@@ -310,7 +346,9 @@ class Crowd:
 
     async def _get_pass(self, buyer: Buyer, headers: bytes) -> bytes:
         body = msgspec.json.encode({"contact": {"phone": buyer.phone, "language": "zh"}, "source": "demo"})
-        answer = await self._repeat("POST", f"/v1/sales/{self.sale}/pass", headers, body)
+        answer = await self._repeat(
+            Doing("pass", buyer.buyer_id), "POST", f"/v1/sales/{self.sale}/pass", headers, body
+        )
         if answer.status != 201:
             raise Surprise(f"pass: {answer.status} {answer.body[:200]!r}")
         return f"Authorization: Pass {answer.json()['pass']}\r\n".encode()
@@ -318,10 +356,11 @@ class Crowd:
     async def _join(self, buyer: Buyer, headers: bytes) -> dict[str, Any] | None:
         path = f"/v1/sales/{self.sale}/tickets"
 
-        async def tap() -> dict[str, Any] | None:
+        async def tap(number: int) -> dict[str, Any] | None:
+            doing = Doing("join", buyer.buyer_id, f"{buyer.buyer_id}#{number}" if number else "")
             while True:
                 began = time.perf_counter()
-                answer = await self._repeat("POST", path, headers, self._join_body)
+                answer = await self._repeat(doing, "POST", path, headers, self._join_body)
                 self.join_ms.append((time.perf_counter() - began) * 1000)
                 self.joins += 1
                 if answer.status in (200, 202):
@@ -339,12 +378,14 @@ class Crowd:
                     continue
                 raise Surprise(f"join: {answer.status} {answer.body[:300]!r}")
 
-        documents = await asyncio.gather(*(tap() for _ in range(buyer.taps)))
+        documents = await asyncio.gather(*(tap(number) for number in range(buyer.taps)))
         return next((document for document in documents if document is not None), None)
 
     async def _poll(self, buyer: Buyer, headers: bytes) -> dict[str, Any]:
         while True:
-            answer = await self._repeat("GET", f"/v1/tickets/{buyer.ticket}", headers)
+            answer = await self._repeat(
+                Doing("poll", buyer.buyer_id), "GET", f"/v1/tickets/{buyer.ticket}", headers
+            )
             self.polls += 1
             if answer.status != 200:
                 raise Surprise(f"poll: {answer.status} {answer.body[:300]!r}")
@@ -385,7 +426,9 @@ class Crowd:
             self.news.append(f"{buyer.buyer_id} {state}{' (standby)' if buyer.was_standby else ''}")
 
     async def _leave(self, buyer: Buyer, headers: bytes) -> None:
-        answer = await self._repeat("DELETE", f"/v1/tickets/{buyer.ticket}", headers)
+        answer = await self._repeat(
+            Doing("leave", buyer.buyer_id), "DELETE", f"/v1/tickets/{buyer.ticket}", headers
+        )
         if answer.status in (200, 202, 409):
             buyer.leaves = ""
             buyer.pays = False
@@ -401,7 +444,8 @@ class Crowd:
             await self._pay(buyer)
         elif payment["state"] in ("none", "failed") and not document["leaving"]:
             body = msgspec.json.encode({"channel": payment["channel"] or "sandbox"})
-            await self._repeat("POST", f"/v1/tickets/{buyer.ticket}/payment", headers, body)
+            doing = Doing("ask_payment", buyer.buyer_id)
+            await self._repeat(doing, "POST", f"/v1/tickets/{buyer.ticket}/payment", headers, body)
 
     async def _pay(self, buyer: Buyer) -> None:
         """Open the supplier's page and confirm, as a person would. The supplier may fail: then it is tried later."""
@@ -409,8 +453,16 @@ class Crowd:
         parts = urlsplit(buyer.pay_url)
         origin = f"{parts.scheme}://{parts.netloc}"
         wires = self._suppliers.setdefault(origin, Wires(origin, connections_max=32))
-        with contextlib.suppress(Unknown):  # the page's button posts here
-            await wires.ask("POST", f"{parts.path}/pay", b"Accept: application/json\r\n")
+        record = self._record
+        begun = record and record.invoke("pay", buyer.buyer_id, buyer.buyer_id, sale=self.sale)
+        try:  # the page's button posts here
+            answer = await wires.ask("POST", f"{parts.path}/pay", b"Accept: application/json\r\n")
+        except Unknown:
+            if record and begun:
+                record.end(begun, "unknown")
+            return
+        if record and begun:
+            record.answered(begun, answer.status, None)
 
     async def _watch_late_money(self, buyer: Buyer, headers: bytes) -> None:
         """After money came too late: the unit again, or the money back."""

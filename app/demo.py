@@ -38,9 +38,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from app.check_history import report
 from app.crowd import Buyer, Crowd, cast_crowd
 from app.embedded import launch_command
 from app.errors import CannotStart, FairdropError
+from app.history.final import finish
+from app.history.judge import judge
+from app.record import Recorder, Run, read
 
 PAY_WITHIN_S = 6  # long enough for the slowest honest buyer of the crowd, short enough to see units come back
 FREEZE_S = 1  # between the last early joiner and the opening
@@ -83,6 +87,8 @@ class Urls:
     worker: str
     sandbox: str
     operator_key: str
+    redis: str
+    database: str
 
 
 class Servers:
@@ -94,7 +100,8 @@ class Servers:
         self.data_dir = data_dir
         self.log_path = data_dir / "demo-up.log"
         self._front_workers = front_workers
-        self._environment = environment
+        self.supplier_ledger = data_dir / "supplier.jsonl"
+        self._environment = {**environment, "FAIRDROP_SANDBOX_LEDGER": str(self.supplier_ledger)}
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> Urls:
@@ -114,6 +121,7 @@ class Servers:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.supplier_ledger.unlink(missing_ok=True)  # of another run in the same directory
         command = [sys.executable, "-m", "app.cli", "up", "--data-dir", str(self.data_dir)]
         for name in ("front", "office", "worker", "sandbox"):
             command += [f"--{name}-port", "0"]
@@ -124,7 +132,7 @@ class Servers:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | dict(self._environment),
+                env=os.environ | self._environment,
                 start_new_session=True,
             )
         self._process = process
@@ -460,7 +468,10 @@ async def hold_sale(
     urls = await servers.start()
     desk = Desk(urls.office, urls.operator_key)
     sale = f"demo-{seed}-{secrets.token_hex(3)}"
-    crowd = Crowd(cast_crowd(buyers, units, seed), front=urls.front, sale=sale, sku=SKU, seed=seed)
+    record = Recorder(servers.data_dir / "history.jsonl")
+    record.add(Run(at=record.clock(), by="demo", sale=sale, seed=seed))
+    people = cast_crowd(buyers, units, seed)
+    crowd = Crowd(people, front=urls.front, sale=sale, sku=SKU, seed=seed, record=record)
     sandbox = Desk(urls.sandbox, "")
     try:
         await sandbox.post("/control", MISBEHAVIOUR | {"seed": seed})
@@ -475,27 +486,27 @@ async def hold_sale(
         view.crowd, view.opens_s = crowd, opens_s
         crowd.freeze_before(FREEZE_S + 0.1)
         async with watching(crowd, desk, sale, view):
-            people = asyncio.create_task(crowd.run(opens_s, early_s), name="crowd")
+            going = asyncio.create_task(crowd.run(opens_s, early_s), name="crowd")
             try:
-                await _until(people, lambda: crowd.now_s() >= opens_s - FREEZE_S)
+                await _until(going, lambda: crowd.now_s() >= opens_s - FREEZE_S)
                 view.step("freeze: everyone who joined so far is in the draw")
-                await _until(people, lambda: crowd.now_s() >= opens_s)
+                await _until(going, lambda: crowd.now_s() >= opens_s)
                 view.step("open: ranks are drawn, units are claimed, orders are written, links are sent")
                 if kill_worker:
-                    await _until(people, lambda: crowd.now_s() >= opens_s + 1.5)
+                    await _until(going, lambda: crowd.now_s() >= opens_s + 1.5)
                     view.step(f"kill -9 of the worker (process {servers.kill_worker()})")
                 await _until(
-                    people, lambda: crowd.counts["paid"] >= units or crowd.now_s() >= opens_s + WAVES_S
+                    going, lambda: crowd.counts["paid"] >= units or crowd.now_s() >= opens_s + WAVES_S
                 )
                 await desk.post(f"/v1/admin/sales/{sale}/close")
                 view.step("closed: whoever still waits is told so, whoever holds a unit may finish")
-                await asyncio.wait([people], timeout=SETTLE_WITHIN_S)
-                if people.done():
-                    await people  # raises what went wrong; whoever is still there is counted by the books
+                await asyncio.wait([going], timeout=SETTLE_WITHIN_S)
+                if going.done():
+                    await going  # raises what went wrong; whoever is still there is counted by the books
             finally:
-                people.cancel()
+                going.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await people
+                    await going
         view.step("settling: the last releases, refunds and SMS")
         await _settled(desk, sale)
         view.step("audit")
@@ -504,6 +515,17 @@ async def hold_sale(
         audit = await desk.get(f"/v1/admin/sales/{sale}/audit")
         figures, checks = close_books(crowd.people, orders, units)
         checks += compare_money(orders, supplier)
+        view.step("history: what every buyer was told, against both stores and the supplier's books")
+        await finish(
+            record,
+            sale,
+            redis_url=urls.redis,
+            database_url=urls.database,
+            supplier=servers.supplier_ledger,
+            within_s=SETTLE_WITHIN_S,
+        )
+        record.close()
+        checks += judged(servers.data_dir / "history.jsonl", view)
         return {
             **figures,
             "sms_sent": supplier.get("sms", 0),
@@ -511,9 +533,23 @@ async def hold_sale(
             "audit": audit["checks"] + [check.__dict__ for check in checks],
         }
     finally:
+        record.close()
         crowd.close()
         await desk.close()
         await sandbox.close()
+
+
+def judged(history: Path, view: View) -> list[Check]:
+    """The checks of app/history/judge.py; what is broken is told as a story on standard error."""
+    lines = read(history)
+    verdict = judge(lines)
+    if not verdict.ok:
+        view.console.print("\n".join(report(verdict, lines)), highlight=False, soft_wrap=True, markup=False)
+    return [
+        Check(f"history: {result.name}", result.ok, result.looked_at, result.looked_at - result.count)
+        for result in verdict.results
+        if result.looked_at
+    ]
 
 
 async def _until(people: asyncio.Task[None], reached: Callable[[], bool]) -> None:

@@ -254,6 +254,9 @@ class Settings(BaseSettings):
     sandbox_secret: SecretStr = Field(
         SecretStr(""), description="secret that signs the sandbox's webhooks and our requests to it"
     )
+    sandbox_ledger: str = Field(
+        "", description="file in which the sandbox keeps its books; empty: in memory, gone when it ends"
+    )
     provider_deadline_s: float = Field(5.0, description="s; one call to a supplier")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")
     provider_wait_max_s: float = Field(1.0, description="s a call waits for a place before it is refused")

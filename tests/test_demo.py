@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from app.crowd import Buyer, Crowd, Wires, cast_crowd, may_follow
+from app.crowd import Buyer, Crowd, Doing, Wires, cast_crowd, may_follow
 from app.demo import close_books
 from app.errors import Unknown
 
@@ -233,7 +233,7 @@ async def test_a_request_is_repeated_after_503_and_after_a_lost_answer(
     url, asked = moody
     crowd = Crowd([], front=url, sale="s", sku="k", seed=1)
     try:
-        answer = await crowd._repeat("GET", "/v1/time", b"")
+        answer = await crowd._repeat(Doing("time", ""), "GET", "/v1/time", b"")
     finally:
         crowd.close()
     assert (answer.status, answer.body) == (200, b"{}")

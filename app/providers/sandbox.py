@@ -11,7 +11,8 @@
 | `GET /sms` · `GET /stats` · `GET/POST /control` | the log · sums · how to misbehave (this machine, or the secret) |
 
 `/v1` requests are signed (`sandbox_wire.py`), and so are the call-backs to each payment's `notify_url`. Call-backs are
-repeated until they are answered 2xx. All state is in memory, every table has a limit, nothing survives a restart.
+repeated until they are answered 2xx. All state is in memory and every table has a limit; with `sandbox_ledger` money
+and links survive a restart, and call-backs that were not taken are sent again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -37,6 +39,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from app.providers import sandbox_wire
+from app.providers.sandbox_ledger import Ledger
 from app.settings import Settings
 
 log = structlog.get_logger()
@@ -221,6 +224,44 @@ class Sandbox:
         self.tasks: set[asyncio.Task[None]] = set()
         self.places = asyncio.Semaphore(HOOKS_AT_ONCE_MAX)
         self.http: httpx.AsyncClient | None = None
+        self.ledger = Ledger(Path(settings.sandbox_ledger) if settings.sandbox_ledger else None)
+        self.untold: list[Pay] = []  # paid before the restart, and nobody has taken the call-back yet
+        self._recall()
+
+    def _recall(self) -> None:
+        """Start from what the ledger says."""
+        taken: set[str] = set()
+        for line in self.ledger.read():
+            if line.op == "hook":
+                taken.add(line.attempt)
+            elif line.op == "refunded":
+                refund = msgspec.json.decode(line.keep, type=Refund)
+                self.refunds[refund.refund_id] = refund
+                self.counts["refunded"] += 1
+                self.counts["refunded_minor"] += refund.amount_minor
+                self.by_capture[refund.capture_ref].refunded_minor += refund.amount_minor
+            elif line.order:
+                pay = msgspec.json.decode(line.keep, type=Pay)
+                self.pays[pay.attempt_id] = self.by_ref[pay.ref] = pay
+                if line.op == "captured" and pay.capture_ref is not None:
+                    self.by_capture[pay.capture_ref] = pay
+                    self.counts["captured"] += 1
+                    self.counts["captured_minor"] += pay.amount_minor
+            elif line.op == "closed":
+                self.closed_ids[line.attempt] = None
+        self.untold = [pay for pay in self.by_capture.values() if pay.attempt_id not in taken]
+
+    def note(self, op: Literal["created", "captured", "declined", "closed"], pay: Pay) -> None:
+        self.ledger.note(
+            op,
+            attempt=pay.attempt_id,
+            order=pay.order_no,
+            amount_minor=pay.amount_minor,
+            currency=pay.currency,
+            capture=pay.capture_ref or "",
+            until=pay.expires_at.timestamp(),
+            keep=pay,
+        )
 
     # -- call-backs
 
@@ -253,19 +294,21 @@ class Sandbox:
             if dice.random() < faults.drop_rate:
                 self.counts["hooks_dropped"] += 1
                 continue
-            self.start(self._deliver(pay.notify_url, raw, self._late_s()))
+            self.start(self._deliver(pay, event_id, raw, self._late_s()))
 
     def _late_s(self) -> float:
         faults = self.control.hooks
         return (faults.delay_ms + self.dice.random() * faults.shuffle_ms) / 1000
 
-    async def _deliver(self, url: str, raw: bytes, late_s: float) -> None:
+    async def _deliver(self, pay: Pay, event_id: str, raw: bytes, late_s: float) -> None:
+        url = pay.notify_url or ""
         await asyncio.sleep(late_s)
         for retry_s in (*HOOK_RETRIES_S, None):
             # Signed anew for each try: the receiver's time window is about the sending, not about the event.
             status = await self._post(url, raw, sandbox_wire.headers(self.secrets[0], "POST", "/hook", raw))
             if 200 <= status < 300:
                 self.counts["hooks_taken"] += 1
+                self.ledger.note("hook", event=event_id, attempt=pay.attempt_id, order=pay.order_no)
                 return
             if retry_s is None:
                 self.counts["hooks_given_up"] += 1
@@ -345,6 +388,7 @@ class Sandbox:
         )
         self.pays[pay.attempt_id] = self.by_ref[ref] = pay
         self.counts["created"] += 1
+        self.note("created", pay)
         auto = self.control.auto_pay
         dice = random.Random(f"{auto.seed}:{pay.attempt_id}")
         chance, late_ms = dice.random(), auto.delay_ms + dice.random() * auto.jitter_ms
@@ -365,6 +409,7 @@ class Sandbox:
     def expire(self, pay: Pay) -> None:
         if pay.state == "waiting" and _now() >= pay.expires_at:
             pay.state, pay.code = "closed", "expired"
+            self.note("closed", pay)
 
     def pay(self, pay: Pay) -> Pay:
         """Take the buyer's money, once."""
@@ -378,6 +423,7 @@ class Sandbox:
         self.by_capture[pay.capture_ref] = pay
         self.counts["captured"] += 1
         self.counts["captured_minor"] += pay.amount_minor
+        self.note("captured", pay)
         self.tell(pay, "payment.paid")
         return pay
 
@@ -389,6 +435,7 @@ class Sandbox:
             raise Reply(410, pay.code or pay.state)
         pay.state, pay.code = "declined", "card_declined"
         self.counts["declined"] += 1
+        self.note("declined", pay)
         self.tell(pay, "payment.declined")
         return pay
 
@@ -396,6 +443,7 @@ class Sandbox:
         pay = self.pays.get(attempt_id)
         if pay is None:
             self.closed_ids[attempt_id] = None
+            self.ledger.note("closed", attempt=attempt_id)
             while len(self.closed_ids) > PAYMENTS_MAX:
                 self.closed_ids.popitem(last=False)
             raise Reply(404, "absent")
@@ -403,6 +451,7 @@ class Sandbox:
         if pay.state == "waiting":
             pay.state, pay.code = "closed", "closed"
             self.counts["closed"] += 1
+            self.note("closed", pay)
         return pay
 
     def refund(self, wanted: RefundWanted) -> Refund:
@@ -436,6 +485,16 @@ class Sandbox:
         self.refunds[refund.refund_id] = refund
         self.counts["refunded"] += 1
         self.counts["refunded_minor"] += refund.amount_minor
+        self.ledger.note(
+            "refunded",
+            attempt=refund.attempt_id,
+            order=refund.order_no,
+            amount_minor=refund.amount_minor,
+            currency=refund.currency,
+            capture=refund.capture_ref,
+            refund=refund.refund_id,
+            keep=refund,
+        )
         if refund.state == "done":
             self.tell(pay, "refund.done", refund)
         return refund
@@ -747,11 +806,14 @@ def create_app(settings: Settings) -> Starlette:
             trust_env=False,
         ) as http:
             sandbox.http = http
+            for pay in sandbox.untold:
+                sandbox.tell(pay, "payment.paid")
             yield
             for task in list(sandbox.tasks):
                 task.cancel()
             await asyncio.gather(*sandbox.tasks, return_exceptions=True)
             sandbox.http = None
+            sandbox.ledger.close()
 
     app = Starlette(
         routes=[

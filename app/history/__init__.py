@@ -1,0 +1,1 @@
+"""Histories: recorded by app.record, finished from the stores, judged."""
