@@ -357,7 +357,7 @@ class Worker:
                         keep_going(name, turn, every_s, self.stopping, self.health, wake=wake), name=name
                     )
 
-                loop("admit", self.admitter.tick, s.admit_every_ms / 1000)
+                loop("admit", self.admitter.turn, s.admit_every_ms / 1000)
                 loop("beacon", once(lambda: self.admitter.put_beacons(client)), 1.0)
                 loop("beacon-note", lambda: self.admitter.note_beacons(self.engine), 1.0)
                 loop("course", self.course.note, COURSE_EVERY_S)

@@ -68,6 +68,7 @@ def test_valkey_keeps_every_acknowledged_write_through_kill_9(own_valkey: Valkey
             "auto-aof-rewrite-percentage",
             "save",
             "bind",
+            "stream-node-max-entries",
         ]
         assert client.config_get(*wanted) == {
             "appendonly": "yes",
@@ -76,6 +77,7 @@ def test_valkey_keeps_every_acknowledged_write_through_kill_9(own_valkey: Valkey
             "auto-aof-rewrite-percentage": "0",
             "save": "",
             "bind": "127.0.0.1",
+            "stream-node-max-entries": "32",
         }
 
 

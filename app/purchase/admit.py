@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from app.sale import publish
 from app.scripts import Busy, Closed, Gone, Link, Old, Scripts, Served
 from app.settings import Settings
 
-TURNS_MAX = 20  # calls for one item in one tick: with line_serve_max 1,000 that is 20,000 ranks, then others get a turn
+TURN_S = 0.2  # s of call after call for one line; then the sales are looked at again (pauses are seen by the script)
 BEACON_WITHIN_S = 5.0
 BEACON_MAX_BYTES = 65_536
 
@@ -78,7 +79,11 @@ class Admitter:
     settings: Settings
     watched: dict[str, Watched] = field(default_factory=dict)
     now_ms: int = 0  # Redis' clock at the last look
+    more: bool = False  # the last tick ended with work left that could have been done: tick again at once
     _done: set[tuple[str, int, str]] = field(default_factory=set)  # items that will serve nobody any more
+    _served: dict[tuple[str, int, str], int] = field(
+        default_factory=dict
+    )  # the rank each line was at after a call
     _noted: set[str] = field(default_factory=set)  # sales whose beacon Postgres knows
 
     async def look(self) -> None:
@@ -97,10 +102,17 @@ class Admitter:
             if (seen := _seen(name, values)) is not None:
                 watched[name] = seen
         self.watched = watched
-        self._done = {known for known in self._done if known[0] in watched}
+        self._done = {line for line in self._done if line[0] in watched}
+        self._served = {line: rank for line, rank in self._served.items() if line[0] in watched}
+
+    async def turn(self) -> bool:
+        """One tick. Whether there is more to do at once; waiting for tokens, units or the minute is no work."""
+        await self.tick()
+        return self.more
 
     async def tick(self) -> int:
         """Serve what can be served now. Returns how many tickets got units."""
+        self.more = False
         await self.look()
         todo = [
             (sale, sku)
@@ -112,14 +124,21 @@ class Admitter:
         return sum(await asyncio.gather(*(self._serve(sale, sku) for sale, sku in todo)))
 
     async def _serve(self, sale: Watched, sku: str) -> int:
-        """One item, until there is nothing more to do, or others should have their turn."""
+        """One line, call after call, until there is nothing to do or its turn is over.
+
+        Calls are small, so that Redis answers buyers in between; whether one had its hands full is told by how far
+        `served` moved, not by claims: many in a row may have left.
+        """
         claimed = 0
-        for _ in range(TURNS_MAX):
+        work_max = self.settings.line_serve_max
+        line = (sale.sale, sale.epoch, sku)
+        until = time.monotonic() + TURN_S
+        while True:
             answer = await self.scripts.line_advance(
                 sale=sale.sale,
                 epoch=sale.epoch,
                 sku=sku,
-                work_max=self.settings.line_serve_max,
+                work_max=work_max,
                 backlog_max=self.settings.orders_backlog_max,
             )
             match answer:
@@ -129,10 +148,15 @@ class Admitter:
                     LEFT.labels(sale.sale, sku).set(answer.units_left)
                     if answer.claimed:
                         SERVED.labels(sale.sale, sku).inc(answer.claimed)
-                    if answer.claimed < self.settings.line_serve_max or answer.waiting == 0:
+                    moved = answer.served - self._served.get(line, 0)
+                    self._served[line] = answer.served
+                    if moved < work_max or answer.waiting == 0:
+                        break
+                    if time.monotonic() >= until:
+                        self.more = True
                         break
                 case Closed():
-                    self._done.add((sale.sale, sale.epoch, sku))
+                    self._done.add(line)
                     break
                 case Busy():
                     break  # the board says so; Postgres is behind or down

@@ -14,44 +14,48 @@ local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
   local work, stop, D = 0, false, nil
   local sets, gone = P.sets, P.gone  -- arguments of BITFIELD, ids that leave the line
 
-  local function reach(entry)  -- decide about the ticket at the next rank: true = served or closed, false = stop before it
-    local id, b = entry[1], entry[2][2]
-    local cut = string.find(b, ':', 1, true)
-    local units = tonumber(string.sub(b, 1, cut - 1))
-    local seq = string.sub(id, 1, -3)
+  -- A number that becomes text costs more than all else here (printf of a double): each is made into text once.
+  local head, tail = '1|' .. S.epoch .. '|' .. sku .. '|', '|' .. string.format('%d', now) .. '|'
+  local limited = not unlimited
+  local function reach(seq, digits, b)  -- decide about the ticket at the next rank: true = served or closed, false = stop before it
+    local count = string.match(b, '^%d+')
+    local units = count == '1' and 1 or tonumber(count)
     local byte
     if units > P.stock then
       if P.stock == 0 or S.standby then
         return false
       end
-      byte = 115
+      byte = '115'
     elseif room <= 0 then
       P.busy = true
       return false
-    elseif not unlimited and P.tokens < TOKEN then
+    elseif limited and P.tokens < TOKEN then
       return false
     else
       P.stock, P.tokens, room, P.claimed = P.stock - units, P.tokens - TOKEN, room - 1, P.claimed + 1
-      byte = 99
-      P.payloads[P.claimed] = '1|' .. S.epoch .. '|' .. sku .. '|' .. seq .. '|' .. units .. '|' .. now .. '|' ..
-        string.sub(b, cut + 1)
+      byte = '99'
+      P.payloads[P.claimed] = head .. digits .. '|' .. count .. tail .. string.sub(b, #count + 2)
     end
     local at = #sets
-    sets[at + 1], sets[at + 2], sets[at + 3], sets[at + 4] = 'SET', 'u8', '#' .. string.format('%d', seq - 1), byte
-    gone[#gone + 1] = id
+    sets[at + 1], sets[at + 2], sets[at + 3], sets[at + 4] = 'SET', 'u8', string.format('#%d', seq - 1), byte
     return true
   end
 
   while not stop and P.served < last and work < work_max and P.stock > 0 do
     if P.served < drawn_n then
       D = D or draw_keys(drawn_key, drawn_n)
-      local id = string.format('%d-0', seq_of(D, P.served + 1))
-      local found = redis.call('XRANGE', LINE, id, id)
+      local seq = seq_of(D, P.served + 1)
+      local digits = string.format('%d', seq)
+      local id = digits .. '-0'
+      local entry = redis.call('XRANGE', LINE, id, id, 'COUNT', '1')[1]
       work = work + 1
-      if found[1] and not reach(found[1]) then
-        stop = true
-      else
+      if not entry then
         P.served = P.served + 1
+      elseif reach(seq, digits, entry[2][2]) then
+        gone[#gone + 1] = id
+        P.served = P.served + 1
+      else
+        stop = true
       end
     else
       local able = math.min(P.stock, math.max(room, 1))
@@ -61,10 +65,13 @@ local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
       local count = math.min(work_max - work, able)
       local found = redis.call('XRANGE', LINE, string.format('%d-0', P.served + 1), '+', 'COUNT', count)
       for i = 1, #found do
-        if reach(found[i]) then
-          P.served = tonumber(string.sub(found[i][1], 1, -3))
+        local digits = string.sub(found[i][1], 1, -3)
+        local seq = tonumber(digits)
+        if reach(seq, digits, found[i][2][2]) then
+          gone[#gone + 1] = found[i][1]
+          P.served = seq
         else
-          P.served = tonumber(string.sub(found[i][1], 1, -3)) - 1  -- those who left before it are passed
+          P.served = seq - 1  -- those who left before it are passed
           stop = true
           break
         end

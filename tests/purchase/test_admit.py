@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.purchase import admit
 from app.purchase.admit import Course, fetch_beacon, listed
 from tests.ledger.shop import SALE, Shop, until
 
@@ -56,6 +57,35 @@ async def test_a_tick_serves_who_waits_since_before_the_opening(shop: Shop) -> N
     assert await shop.backlog() == 3
     assert await shop.confirm() == 3
     await shop.conserved()
+
+
+async def test_many_in_a_row_who_left_do_not_hold_up_the_tick(shop: Shop) -> None:
+    shop.settings.line_serve_max = 4
+    await shop.publish(50, opens_at=ago(-60), opened_at=None, state="scheduled", draw_freeze_s=0)
+    await shop.join(*(f"b{n}" for n in range(40)))
+    for seq in range(1, 39):  # nearly everyone: whatever the draw says, whole calls pass only people who left
+        await shop.scripts.line_leave(sale=SALE, epoch=1, sku="A", seq=seq)
+    await shop.link.call("HSET", shop.keys.sale, "opens_ms", int(time.time() * 1000) - 1)
+    assert await shop.admitter.tick() == 2
+
+
+async def test_a_turn_ends_and_says_that_there_is_more(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admit, "TURN_S", 0.0)
+    shop.settings.line_serve_max = 4
+    await shop.publish(50, opens_at=ago(-60), opened_at=None, state="scheduled", draw_freeze_s=0)
+    await shop.join(*(f"b{n}" for n in range(9)))
+    await shop.link.call("HSET", shop.keys.sale, "opens_ms", int(time.time() * 1000) - 1)
+    assert [await shop.admitter.turn() for _ in range(3)] == [True, True, False]
+    assert await shop.backlog() == 9
+
+
+async def test_waiting_for_tokens_is_no_work(shop: Shop) -> None:
+    await shop.publish(50, opens_at=ago(-60), opened_at=None, state="scheduled", draw_freeze_s=0)
+    await shop.join(*(f"b{n}" for n in range(9)))
+    await shop.link.call("HSET", shop.keys.sale, "rate_milli", 1_000, "burst", 1, "tokens_micro", 1_000_000)
+    await shop.link.call("HSET", shop.keys.sale, "opens_ms", int(time.time() * 1000) - 1)
+    assert await shop.admitter.tick() == 1
+    assert not shop.admitter.more
 
 
 async def test_the_line_moves_while_postgres_is_away(shop: Shop) -> None:
