@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hmac
 import struct
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -54,22 +54,29 @@ def ticket_id(ticket: Ticket) -> str:
 
 _TICKET = struct.Struct(">BBIHQH10s")  # format, key id, epoch, item, seq, units, ticket hash; then the sale
 _PASS = struct.Struct(">BBBQ")  # format, key id, flags, expires_ms; then the MAC and the buyer id
+_PASS_CUT = _PASS.size + MAC_BYTES
+
+
+_TO_URL = bytes.maketrans(b"+/", b"-_")
+_FROM_URL = bytes.maketrans(b"-_+/=", b"+/!!!")  # what the plain alphabet has besides is not ours; `!` is in none
+_PADDING = (b"", b"!", b"==", b"=")  # by length mod 4; a remainder of 1 is no base64
 
 
 def _encode(raw: bytes) -> str:
-    return urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+    return b2a_base64(raw, newline=False).translate(_TO_URL).rstrip(b"=").decode("ascii")
 
 
-def _decode(text: str, longest: int) -> bytes | None:
+def _decode(text: str | bytes, longest: int) -> bytes | None:
     """The bytes, or None unless `text` is the one spelling that `_encode` gives them."""
     if not 4 <= len(text) <= longest:
         return None
     try:
-        spelled = text.encode("ascii")
-        raw = urlsafe_b64decode(spelled + b"=" * (-len(spelled) % 4))
+        given = text.encode("ascii") if isinstance(text, str) else text
+        spelled = given.translate(_FROM_URL) + _PADDING[len(given) & 3]
+        raw = a2b_base64(spelled, strict_mode=True)
     except ValueError:
         return None
-    return raw if urlsafe_b64encode(raw).rstrip(b"=") == spelled else None
+    return raw if b2a_base64(raw, newline=False) == spelled else None
 
 
 class _Key:
@@ -156,23 +163,26 @@ class Keyring:
         head = _PASS.pack(FORMAT, key.id, granted.flags, granted.expires_ms)
         return _encode(head + _mac(key.of_pass, _pass_body(head, granted.sale, buyer_id)) + buyer_id)
 
-    def pass_read(self, text: str, sale: str, now_ms: int) -> bytes | None:
+    def pass_read(self, text: str | bytes, sale: str, now_ms: int) -> bytes | None:
         """The buyer_id, if this pass is ours, for this sale, and has not ended."""
-        found = self.pass_open(text, sale, now_ms)
-        return None if found is None else found.buyer_id
+        raw = _decode(text, TEXT_MAX)
+        if raw is None or len(raw) <= _PASS_CUT or raw[0] != FORMAT:
+            return None
+        head, mac, buyer_id = raw[: _PASS.size], raw[_PASS.size : _PASS_CUT], raw[_PASS_CUT:]
+        body = _pass_body(head, sale, buyer_id)
+        for key in self._by_id.get(raw[1], ()):
+            if hmac.compare_digest(_mac(key.of_pass, body), mac):
+                return buyer_id if now_ms < int.from_bytes(head[3:], "big") else None
+        return None
 
     def pass_open(self, text: str, sale: str, now_ms: int) -> Pass | None:
         """The whole pass, under the conditions of `pass_read`."""
+        buyer_id = self.pass_read(text, sale, now_ms)
         raw = _decode(text, TEXT_MAX)
-        cut = _PASS.size + MAC_BYTES
-        if raw is None or len(raw) <= cut or raw[0] != FORMAT:
+        if buyer_id is None or raw is None:
             return None
-        head, mac, buyer_id = raw[: _PASS.size], raw[_PASS.size : cut], raw[cut:]
-        for key in self._by_id.get(raw[1], ()):
-            if hmac.compare_digest(_mac(key.of_pass, _pass_body(head, sale, buyer_id)), mac):
-                _, _, flags, expires_ms = _PASS.unpack(head)
-                return Pass(sale, buyer_id, expires_ms, flags) if now_ms < expires_ms else None
-        return None
+        _, _, flags, expires_ms = _PASS.unpack_from(raw)
+        return Pass(sale, buyer_id, expires_ms, flags)
 
     # cursors
     def cursor_sign(self, kind: str, payload: list[Any]) -> str:

@@ -93,7 +93,7 @@ class HotRoutes:
         self._origins = Origins(settings.cors_origins)
         self._cors = bool(settings.cors_origins)
         self._body_max = settings.body_max_bytes
-        self._later: set[asyncio.Future[Any]] = set()  # asyncio itself keeps no hold of a task
+        self._tasks: set[asyncio.Future[Any]] = set()
 
     def drain(self) -> None:
         """Say that this process is about to stop: /readyz answers 503, event streams end, requests go on."""
@@ -151,28 +151,41 @@ class HotRoutes:
     ) -> None:
         try:
             given = hot(headers, body)
-            while not isinstance(given, Answer):
-                if isinstance(given, Refusal):
-                    raise given
-                later: asyncio.Future[Any] = asyncio.ensure_future(given)
-                if not later.done():
-                    self._later.add(later)
-                    later.add_done_callback(partial(self._settle, headers, date, reply))
-                    return
-                given = later.result()
+            if not isinstance(given, Answer):
+                self._wait(given, headers, date, reply)
+                return
         except Exception as error:  # noqa: BLE001 - told and logged by _refused
             reply(self._refused(error, headers, date))
         else:
             reply(self._response(given, headers, date))
 
+    def _wait(self, later: Later, headers: Headers, date: bytes, reply: Callable[[bytes], None]) -> None:
+        """Answer when it is known. A future needs no task; a coroutine does, and asyncio keeps no hold of it."""
+        if not isinstance(later, asyncio.Future):
+            later = asyncio.ensure_future(later)
+            self._tasks.add(later)
+            later.add_done_callback(self._tasks.discard)
+        later.add_done_callback(partial(self._settle, headers, date, reply))
+
     def _settle(
         self, headers: Headers, date: bytes, reply: Callable[[bytes], None], later: asyncio.Future[Any]
     ) -> None:
-        self._later.discard(later)
-        if later.cancelled():
-            reply(self._refused(refuse("busy", "This process is stopping.", retry_after_s=1), headers, date))
-        else:
-            self.answer(lambda _headers, _body: later.result(), headers, b"", date, reply)
+        try:
+            given = later.result()
+            if isinstance(given, Answer):
+                response = self._response(given, headers, date)
+            elif isinstance(given, Refusal):
+                response = self._refused(given, headers, date)
+            else:
+                self._wait(given, headers, date, reply)
+                return
+        except asyncio.CancelledError:
+            response = self._refused(
+                refuse("busy", "This process is stopping.", retry_after_s=1), headers, date
+            )
+        except Exception as error:  # noqa: BLE001 - told and logged by _refused
+            response = self._refused(error, headers, date)
+        reply(response)
 
     def _response(self, answer: Answer, headers: Headers, date: bytes) -> bytes:
         request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
