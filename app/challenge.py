@@ -7,14 +7,15 @@ SHA-256(token ":" nonce) starts with `bits` zero bits. A captcha is checked at t
 from __future__ import annotations
 
 import hashlib
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from app.errors import CannotStart, DidNotHappen, Refusal
 from app.problems import refuse
 from app.settings import Settings
 from app.tokens import Keyring
+
+if TYPE_CHECKING:
+    import httpx
 
 RIDDLE_MS = 600_000  # ms a riddle may be answered; a phone needs seconds
 NONCE_MAX = 64  # characters
@@ -39,6 +40,8 @@ class Challenges:
         if self._verify_url and not self._secret:
             raise CannotStart("FAIRDROP_CAPTCHA_SECRET is missing, but FAIRDROP_CAPTCHA_VERIFY_URL is set")
         self._client: httpx.AsyncClient | None = None
+        if self._verify_url:
+            import httpx  # noqa: F401 - slow to import: only where it is used, and not in the middle of a request
 
     async def close(self) -> None:
         if self._client is not None:
@@ -102,6 +105,8 @@ class Challenges:
             return False
         if not self._verify_url:
             raise DidNotHappen("FAIRDROP_CAPTCHA_VERIFY_URL is not set")
+        import httpx
+
         if self._client is None:
             self._client = httpx.AsyncClient(timeout=CAPTCHA_DEADLINE_S, trust_env=False)
         form = {"secret": self._secret, "response": response}

@@ -58,7 +58,9 @@ _PASS_CUT = _PASS.size + MAC_BYTES
 
 
 _TO_URL = bytes.maketrans(b"+/", b"-_")
-_FROM_URL = bytes.maketrans(b"-_+/=", b"+/!!!")  # what the plain alphabet has besides is not ours; `!` is in none
+_FROM_URL = bytes.maketrans(
+    b"-_+/=", b"+/!!!"
+)  # what the plain alphabet has besides is not ours; `!` is in none
 _PADDING = (b"", b"!", b"==", b"=")  # by length mod 4; a remainder of 1 is no base64
 
 
