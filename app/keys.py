@@ -13,7 +13,7 @@ SALES = "fairdrop:sales"  # hash: sale id -> JSON {"state_version": int}; which 
 PROVIDERS = "fairdrop:providers"  # hash: provider -> JSON breaker state, written by workers once a second
 PROVIDER_MODES = "fairdrop:provider_modes"  # hash: provider -> auto|forced_open|disabled|metrics_only
 PROVIDER_ROUTES = "fairdrop:provider_routes"  # hash: `sms` or `payment:<channel>` -> JSON {supplier: weight}
-ADVICE = "fairdrop:advice"  # hash: sale id -> reason of a slowdown, shown on the board
+ADVISOR = "fairdrop:advisor"  # string, expires by itself: the worker that slows sales down and ends it
 GROUP = "workers"  # consumer group of `orders` and `asks`
 
 
@@ -61,7 +61,7 @@ def sms_limits(number: str) -> tuple[str, str, str]:
 
 # The leaked-key check of the tests: a key that matches none of these was made by mistake.
 KNOWN = re.compile(
-    r"fairdrop:(sales|providers|provider_modes|provider_routes|advice)"
+    r"fairdrop:(sales|providers|provider_modes|provider_routes|advisor)"
     r"|\{sms:[0-9a-f]{32}\}:(minute|hour|day)"
     r"|\{sale:[a-z0-9][a-z0-9-]{0,47}\}:"
     r"(sale|stock|buyers|orders|asks|status|contact|(item|line|outcome|drawn|left):[A-Za-z0-9._-]{1,64}|rate:[a-z_]+:.+)"

@@ -625,6 +625,12 @@ class Pulsed(Answer, frozen=True):
     pulse: int
 
 
+class Advised(Answer, frozen=True):
+    """What was advised holds until then, by Redis' clock."""
+
+    until_ms: int
+
+
 # --- answers for each buyer of a join
 
 
@@ -893,6 +899,12 @@ SALE_REARM: Script[Gone | Old | Armed | Behind | NotHome] = Script(
 SALE_PULSE: Script[Gone | Old | Pulsed] = Script(
     "sale_pulse", keys="sale", args="epoch home now_ms pulse", answers=(Gone, Old, Pulsed)
 )
+SALE_ADVISE: Script[Gone | Old | Advised] = Script(
+    "sale_advise",
+    keys="sale",
+    args="epoch home now_ms slow_milli base_milli reason notices lease_ms",
+    answers=(Gone, Old, Advised),
+)
 RATE_TAKE: Script[Taken | Wait] = Script(
     "rate_take", keys="rate", args="now_ms period_ms burst cost", answers=(Taken, Wait)
 )
@@ -938,6 +950,11 @@ FIXED_FIELDS = frozenset(
         "items",
         "beacon_value",
         "pulse",
+        "slow_milli",
+        "slow_base_milli",
+        "slow_reason",
+        "notices",
+        "advice_until_ms",
     }
 )
 
@@ -1237,6 +1254,25 @@ class Scripts:
     async def sale_pulse(self, *, sale: str, epoch: int, pulse: int, now_ms: int = 0) -> Gone | Old | Pulsed:
         """Write the pulse; Postgres gets it afterwards."""
         return await self._run(SALE_PULSE, (sale_keys(sale).sale,), (epoch, self.link.run_id, now_ms, pulse))
+
+    async def sale_advise(
+        self,
+        *,
+        sale: str,
+        epoch: int,
+        slow_milli: int,
+        base_milli: int,
+        reason: str,
+        notices: str,
+        lease_ms: int,
+        now_ms: int = 0,
+    ) -> Gone | Old | Advised:
+        """Slow admission down (-1: do not), say why, and what tickets say; for lease_ms, then it is over by itself."""
+        return await self._run(
+            SALE_ADVISE,
+            (sale_keys(sale).sale,),
+            (epoch, self.link.run_id, now_ms, slow_milli, base_milli, reason, notices, lease_ms),
+        )
 
     async def rate_take(
         self, *, key: str, period_ms: int, burst: int, cost: int = 1, now_ms: int = 0

@@ -208,6 +208,21 @@ class Settings(BaseSettings):
         gt=0,
         description="s without trouble after which a supplier's outage is over, and the next is another",
     )
+    slow_auto: bool = Field(
+        True, description="slow admission down while Postgres or payment cannot keep up; false: never"
+    )
+    slow_confirm_lag_s: float = Field(
+        5.0, gt=0, description="s a claim may wait for Postgres before admission slows down"
+    )
+    slow_link_wait_s: float = Field(
+        20.0, gt=0, description="s payment links may be late before admission slows down"
+    )
+    slow_rate_min_per_s: float = Field(
+        1.0, gt=0, description="tickets per second that a slowdown leaves at least"
+    )
+    advice_lease_s: float = Field(
+        15.0, gt=1, description="s a slowdown holds after the worker that wanted it was last seen"
+    )
     reconcile_every_s: float = Field(10.0, description="s between two comparisons of Redis and Postgres")
     pulse_every_s: float = Field(1.0, description="s between two pulses (rollback detection)")
     pay_concurrency: int = Field(32, description="payment calls under way at once")

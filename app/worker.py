@@ -39,6 +39,7 @@ from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
 from app.purchase.admit import Admitter, Course
+from app.purchase.advise import Advisor
 from app.purchase.confirm import TOOK, Confirmer, Entry
 from app.purchase.extend import Extender
 from app.purchase.release import PayAsk, Releaser
@@ -58,6 +59,7 @@ SETTLE_EVERY_S = 2.0
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
 OUTAGES_EVERY_S = 1.0
+ADVICE_EVERY_S = 0.5
 PROBES_BACKLOG = 64
 FRESH = {"Cache-Control": "no-store"}
 READY_WITHIN_S = 1.0  # a probe's look at Postgres
@@ -316,6 +318,7 @@ class Worker:
             settings,
         )
         self.extender = Extender(self.engine, self.providers, settings)
+        self.advisor = Advisor(self.engine, self.link, self.scripts, self.providers, self.admitter, settings)
         self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter)
 
     async def _clear(self, order_no: str) -> Any:
@@ -366,6 +369,7 @@ class Worker:
                 loop("asks", self.asking.turn, relay_s)
                 loop("asks-take-over", self.asking.take_over, idle_s)
                 loop("deadlines", self.releaser.start_deadlines, DEADLINES_EVERY_S)
+                loop("advise", self.advisor.turn, ADVICE_EVERY_S)
                 loop("extend", self.extender.turn, OUTAGES_EVERY_S)
                 loop("expire", self.releaser.expire, expire_s)
                 loop("let-go", self.releaser.let_go, relay_s)

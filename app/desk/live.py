@@ -51,6 +51,17 @@ class Rates(Out):
     )
 
 
+class Slowdown(Out):
+    """Admission is slower than the operator wants, by itself; the rate that is set stays as it is."""
+
+    reason: str = Field(
+        description="payment_down, payment_slow (links are late), confirm_lag (orders are late)"
+    )
+    rate_per_s: float = Field(description="tickets served at most")
+    from_per_s: float = Field(description="what was served when it began")
+    until_at: When = Field(description="it ends then unless a worker wants it still")
+
+
 class Conversion(Out):
     joined_to_reserved: float | None
     reserved_to_paid: float | None
@@ -106,6 +117,8 @@ class LiveOut(Out):
     units: int
     units_left: int
     rates: Rates
+    slowdown: Slowdown | None = Field(description="null: none")
+    notices: list[str] = Field(description="what tickets say beyond their state: payment (out of order)")
     conversion: Conversion
     latency: Latency
     backlog: Backlog
@@ -227,7 +240,8 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
         waiting_outbox = await outbox.backlog(conn)
     keys = SaleKeys(sale_id)
     asked: list[Sequence[str | int]] = [
-        ("TIME",), ("HGETALL", keys.stock), ("XLEN", keys.orders), ("XLEN", keys.asks)
+        ("TIME",), ("HGETALL", keys.stock), ("XLEN", keys.orders), ("XLEN", keys.asks),
+        ("HMGET", keys.sale, "advice_until_ms", "slow_milli", "slow_base_milli", "slow_reason", "notices"),
     ]  # fmt: skip
     for item in sale.items:
         asked += [
@@ -238,7 +252,7 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply
-    (seconds, micros), stock_flat, claims, asks, *rest = replies
+    (seconds, micros), stock_flat, claims, asks, advice, *rest = replies
     now_ms = int(seconds) * 1000 + int(micros) // 1000
     stock = dict(zip(stock_flat[::2], stock_flat[1::2], strict=True))
 
@@ -306,6 +320,7 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
             "pay_per_s": per_s("paid"),
             "limit_per_s": sale.rate_per_s,
         },
+        **advised(advice, now_ms),
         "conversion": {
             "joined_to_reserved": _share(ever_reserved, total["joined"]),
             "reserved_to_paid": _share(ever_paid, ever_reserved),
@@ -317,6 +332,22 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
         "sms": {"due": 0, "sending": 0, "sent": 0, "failed": 0, "unknown": 0, "dropped": 0, **texts},
         "invariants": None if watched.audit is None else watched.audit.shown(),
     }
+
+
+def advised(advice: Sequence[bytes | None], now_ms: int) -> dict[str, Any]:
+    """`slowdown` and `notices` from the sale's own fields; what was not repeated in time is over."""
+    until, slow, base, reason, notices = (value or b"" for value in advice)
+    if now_ms >= int(until or 0):
+        return {"slowdown": None, "notices": []}
+    slowdown = None
+    if int(slow or -1) >= 0:
+        slowdown = {
+            "reason": reason.decode(),
+            "rate_per_s": int(slow) / 1000,
+            "from_per_s": int(base) / 1000,
+            "until_at": format_ms(int(until)),
+        }
+    return {"slowdown": slowdown, "notices": [word for word in notices.decode().split(",") if word]}
 
 
 def format_ms(now_ms: int) -> str:

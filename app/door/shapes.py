@@ -75,6 +75,16 @@ class EtaOut(BaseModel):
     p90: int = Field(description="s, rarely later", examples=[26])
 
 
+class NoticeOut(BaseModel):
+    """Something around the ticket is out of order."""
+
+    code: str = Field(
+        description="payment_delayed, deadline_extended; an unknown one: show the text",
+        examples=["payment_delayed"],
+    )
+    text: dict[str, str] = Field(description="for people, by language: zh-CN, en")
+
+
 class TicketOut(BaseModel):
     """A buyer's place. Clients treat an unknown state as *keep polling*."""
 
@@ -101,6 +111,7 @@ class TicketOut(BaseModel):
     reason: str | None = Field(None, description="why it ended", examples=["unpaid"])
     order: OrderOut | None = Field(description="only with the buyer's identity")
     payment: PaymentOut | None = Field(description="only with the buyer's identity")
+    notice: NoticeOut | None = Field(None, description="only with the buyer's identity; absent: none")
 
 
 class NothingToWaitFor(BaseModel):
@@ -173,7 +184,10 @@ class BoardOut(BaseModel):
     items: list[BoardItem]
     poll: PollPolicy
     message: str | None
-    slowdown: str | None = Field(description="why service is slower than planned")
+    slowdown: str | None = Field(
+        description="why service is slower than planned: payment_down, payment_slow, confirm_lag; null: it is not",
+        examples=["payment_down"],
+    )
 
 
 class DrawItem(BaseModel):

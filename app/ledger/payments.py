@@ -123,6 +123,23 @@ async def has_open(conn: AsyncConnection, order_no: str) -> bool:
     return bool(found.scalar_one())
 
 
+async def link_wait_s(conn: AsyncConnection, nth: int) -> float:
+    """For how long the `nth` oldest reserved order without a link has been waiting for it, in s; 0: fewer wait.
+
+    Only attempts that were not sent or certainly not done: one whose fate is unknown waits for its supplier, and may
+    long, while others serve. What is written out lets Postgres use the partial index `attempts_due`.
+    """
+    found = await conn.execute(
+        text(
+            "SELECT CAST(extract(epoch FROM now() - a.created_at) AS double precision) FROM payment_attempt AS a"
+            " JOIN purchase_order AS o ON o.order_no = a.order_no WHERE a.state = 'created'"
+            " AND o.state = 'reserved' AND NOT o.leaving ORDER BY a.created_at OFFSET :skip LIMIT 1"
+        ),
+        {"skip": nth - 1},
+    )
+    return max(0.0, float(found.scalar() or 0.0))
+
+
 async def add_attempt(
     conn: AsyncConnection,
     order: Row,

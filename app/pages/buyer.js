@@ -214,6 +214,7 @@ function paintTicket() {
   $("ahead").textContent = waiting && t.ahead !== null ? T.ahead(seenAhead) : "";
   $("eta").textContent = waiting && t.eta_s ? T.eta(span(t.eta_s.p50), span(t.eta_s.p90)) : "";
   $("hint").textContent = waiting ? (t.rank === null ? T.drawHint : T.keepOpen) : t.state === "reserved" && payment && payment.state === "starting" ? T.preparing : payment && payment.state === "unknown" ? T.unknownPay : "";
+  if (t.notice) $("hint").textContent = t.notice.text[zh ? "zh-CN" : "en"] || t.notice.text.en || "";
   $("deadline").textContent = t.state === "reserved" && t.order && t.order.pay_by ? T.payBy(span((Date.parse(t.order.pay_by) - now()) / 1000)) : "";
   $("order").textContent = t.order ? T.order(t.order.order_no) : "";
 }

@@ -144,7 +144,8 @@ function rates(doc) {
     svg.append(path);
     row.append(make("span", "quiet", name), svg, make("strong", "right", doc.rates[field] === null ? "–" : rate.format(doc.rates[field])));
     return row;
-  }), make("p", "quiet num", doc.rates.limit_per_s === null ? "admission: as fast as stock allows" : `admission: ${rate.format(doc.rates.limit_per_s)} tickets per second`));
+  }), make("p", "quiet num", doc.rates.limit_per_s === null ? "admission: as fast as stock allows" : `admission: ${rate.format(doc.rates.limit_per_s)} tickets per second`),
+  doc.slowdown ? make("p", "quiet num", `slowed down to ${rate.format(doc.slowdown.rate_per_s)} per second: ${doc.slowdown.reason.replace("_", " ")}`) : make("p", "quiet", doc.notices.map(word => `${word} is out of order`).join(", ")));
 }
 
 function waits(doc) {

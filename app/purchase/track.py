@@ -19,6 +19,7 @@ from app.batcher import Batcher, Full
 from app.errors import DidNotHappen, FairdropError, Refusal
 from app.keys import SaleKeys
 from app.problems import refuse
+from app.purchase.notices import of_ticket
 from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Link
 from app.settings import Settings
@@ -77,6 +78,7 @@ class _State(msgspec.Struct):
     channel: str | None = None
     kind: str | None = None
     expires_at: str | None = None
+    extended_s: int = 0
 
 
 _status_of = msgspec.json.Decoder(Status).decode
@@ -107,7 +109,11 @@ class Seen(NamedTuple):
 
     @property
     def order_state(self) -> str:
-        return _state_of(self.status.order).state if self.status and self.status.order != b"null" else ""
+        return self.of_order.state if self.status and self.status.order != b"null" else ""
+
+    @property
+    def of_order(self) -> _State:
+        return _state_of(self.status.order) if self.status and self.status.order != b"null" else _State()
 
 
 class Told(NamedTuple):
@@ -394,7 +400,8 @@ class Tracker:
             poll = self._jittered(STARTING_POLL_MS if starting or leaving else RESERVED_POLL_MS)
         elif seen.order_state == "refunding":
             poll = self._jittered(REFUNDING_POLL_MS)
-        key = b"|".join((byte, _BOOL[leaving], order, payment, reason, text))
+        notice = of_ticket(view.notices, byte, seen.of_order.extended_s if byte == b"r" else 0)
+        key = b"|".join((byte, _BOOL[leaving], order, payment, reason, text, notice))
         if not mine:
             order = payment = text = b"null"
         body = _DOC % (
@@ -416,6 +423,8 @@ class Tracker:
             order,
             payment,
         )
+        if notice and mine:
+            body = b'%b,"notice":%b}' % (body[:-1], notice)
         return Told(body, key, poll)
 
     def told_claimed(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> bytes:

@@ -211,6 +211,7 @@ class SaleView:
         "looked_at",
         "message",
         "message_json",
+        "notices",
         "opens_ms",
         "order",
         "paused",
@@ -250,7 +251,8 @@ class SaleView:
         self.seed_hash = ""
         self.message = ""
         self.message_json = b"null"
-        self.advice = ""
+        self.advice = ""  # why service is slower than planned; '' it is not
+        self.notices = ""  # what tickets say beyond their own state
         self.pulse = 0
         self.backlog = 0
         self.looked_at = -1e9
@@ -270,7 +272,7 @@ class SaleView:
                 item.total = int(told.get("units", 0))
         return True
 
-    def take(self, sale: Mapping[bytes, bytes]) -> None:
+    def take(self, sale: Mapping[bytes, bytes], now_ms: int) -> None:
         """Take over one look at the `sale` hash."""
         before = self._public()
         self.home = _text(sale.get(b"home"))
@@ -294,6 +296,9 @@ class SaleView:
         self.message = _text(sale.get(b"message"))
         self.message_json = msgspec.json.encode(self.message or None)
         self.pulse = _int(sale.get(b"pulse"))
+        advised = now_ms < _int(sale.get(b"advice_until_ms"))
+        self.advice = _text(sale.get(b"slow_reason")) if advised else ""
+        self.notices = _text(sale.get(b"notices")) if advised else ""
         if self._take_doc(sale.get(b"doc", b"")) or before != self._public():
             self.changes += 1
 
@@ -306,6 +311,7 @@ class SaleView:
             self.opens_ms,
             self.closes_ms,
             self.message,
+            self.advice,
             self.rate_milli,
             self.standby,
             self.limit,
@@ -433,13 +439,13 @@ class Snapshots:
         """One look at all sales. DidNotHappen, Unknown: Redis did not answer, the old views stay."""
         self._tick += 1
         watched = [view for view in self._views.values() if self._due(view.id)]
-        asked: list[Sequence[Any]] = [("TIME",), ("HGETALL", keys.SALES), ("HGETALL", keys.ADVICE)]
+        asked: list[Sequence[Any]] = [("TIME",), ("HGETALL", keys.SALES)]
         for view in watched:
             asked += self._commands(view)
         began = time.monotonic()
         replies = await self._link.pipeline(asked)
         ended = time.monotonic()
-        for reply in replies[:3]:
+        for reply in replies[:2]:
             if isinstance(reply, Exception):
                 raise reply
         seconds, micros = replies[0]
@@ -449,14 +455,13 @@ class Snapshots:
         if self._offset_ms is None or ended - began < 0.02 or abs(offset - self._offset_ms) > 1000:
             self._offset_ms = offset
         known = _pairs(replies[1])
-        advice = _pairs(replies[2])
         now_ms = self.now_ms()
-        at = 3
+        at = 2
         for view in watched:
             width = 3 + 2 * len(view.order)
-            self._take(view.id, replies[at : at + width], advice, now_ms)
+            self._take(view.id, replies[at : at + width], now_ms)
             at += width
-        await self._discover(known, advice)
+        await self._discover(known)
         self.looked_at = time.monotonic()
 
     def _due(self, sale_id: str) -> bool:
@@ -471,7 +476,7 @@ class Snapshots:
             asked.append(("LRANGE", of.left(item.sku), item.left.read, item.left.read + LEFT_READ_MAX - 1))
         return asked
 
-    def _take(self, sale_id: str, replies: Sequence[Any], advice: Mapping[bytes, bytes], now_ms: int) -> None:
+    def _take(self, sale_id: str, replies: Sequence[Any], now_ms: int) -> None:
         view = self._views.get(sale_id)
         if view is None:
             return
@@ -489,12 +494,8 @@ class Snapshots:
                 self._ended.pop(sale_id, None)
                 return
             stock = _pairs(replies[1])
-            view.take(sale)
+            view.take(sale, now_ms)
             view.backlog = int(replies[2])
-            told = _text(advice.get(view.id.encode()))
-            if told != view.advice:
-                view.advice = told
-                view.changes += 1
             for item, fields, left in zip(view.order, replies[3::2], replies[4::2], strict=True):
                 item.units_left = _int(stock.get(item.sku.encode()))
                 item.take(fields, now_ms)
@@ -522,7 +523,7 @@ class Snapshots:
         """Whether there is certainly no such sale: seen of late, and it was not here before Redis lost it."""
         return self.fresh and sale_id not in self.lost
 
-    async def _discover(self, known: Mapping[bytes, bytes], advice: Mapping[bytes, bytes]) -> None:
+    async def _discover(self, known: Mapping[bytes, bytes]) -> None:
         """Read sales that are new, have a new epoch, or have ended and changed: in this very tick."""
         unseen: list[str] = []
         listed: dict[str, tuple[int, bool]] = {}
@@ -562,7 +563,7 @@ class Snapshots:
                     width = 3 + 2 * len(view.order)
                     self._views[view.id] = view
                     self.lost.discard(view.id)
-                    self._take(view.id, replies[at : at + width], advice, now_ms)
+                    self._take(view.id, replies[at : at + width], now_ms)
                     if view.looked_at < 0:
                         self._views.pop(view.id, None)
                     at += width

@@ -6,10 +6,11 @@
 local S = {}
 do
   local v = redis.call('HMGET', KEYS[1], 'epoch', 'home', 'last_ms', 'paused', 'closed', 'line_opens_ms', 'opens_ms',
-    'closes_ms', 'freeze_ms', 'opened', 'rate_milli', 'burst', 'tokens_micro', 'limit', 'line_max', 'standby')
+    'closes_ms', 'freeze_ms', 'opened', 'rate_milli', 'burst', 'tokens_micro', 'limit', 'line_max', 'standby', 'slow_milli',
+    'advice_until_ms')
   S.epoch, S.home, S.last_ms, S.paused, S.closed, S.line_opens_ms, S.opens_ms = v[1], v[2], v[3], v[4], v[5], v[6], v[7]
   S.closes_ms, S.freeze_ms, S.opened, S.rate_milli, S.burst, S.tokens_micro = v[8], v[9], v[10], v[11], v[12], v[13]
-  S.limit, S.line_max, S.standby = v[14], v[15], v[16] == '1'
+  S.limit, S.line_max, S.standby, S.slow_milli, S.advice_until_ms = v[14], v[15], v[16] == '1', v[17], v[18]
 end
 if not S.epoch then
   return {'GONE'}

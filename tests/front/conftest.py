@@ -201,21 +201,22 @@ class Shop:
         payment: dict[str, Any] | None = None,
         keep_ask: bool = False,
         text: str | None = None,
+        order: dict[str, Any] | None = None,
     ) -> Any:
         """What the worker tells a winner."""
         states = {b"r": "reserved", b"p": "paid", b"k": "cancelled", b"e": "expired", b"f": "refunded"}
-        order = {
+        of_order = {
             "order_no": f"ORDER{seq:015d}", "state": states[byte], "amount_minor": 59900, "currency": "EUR",
             "lines": [
                 {"kind": "item", "sku": sku, "title": "Item", "units": 1, "unit_minor": 59900, "amount_minor": 59900}
             ],
-            "pay_by": None,
+            "pay_by": None, **(order or {}),
         }  # fmt: skip
         told = {
             "channel": None, "state": "none", "kind": None, "url": None, "params": None, "expires_at": None,
             "code": None, **(payment or {}),
         }  # fmt: skip
-        document = {"order": order, "payment": told, "leaving": False, "reason": None}
+        document = {"order": of_order, "payment": told, "leaving": False, "reason": None}
         status = json.dumps(document | ({"text": text} if text else {}))
         return await self.scripts.ticket_mark(
             sale=sale,

@@ -359,3 +359,33 @@ async def test_bodies_without_a_length_are_bounded_too(front: Front, shop: Shop,
         answer = await wire.send(head % path + b"%x\r\n%b\r\n0\r\n\r\n" % (len(good), good))
         assert answer.status in (201, 202)
         await wire.close()
+
+
+async def test_the_board_says_why_a_sale_is_slow_and_stops_saying_it_by_the_clock(
+    front: Front, shop: Shop, seen: Any
+) -> None:
+    """Nobody has to take the words back: an advisor that died leaves no sale slow for ever."""
+    await shop.publish()
+    await seen()
+    assert (await front.http.get("/v1/sales/x/board")).json()["slowdown"] is None
+    await shop.scripts.sale_advise(
+        sale="x",
+        epoch=1,
+        slow_milli=2_000,
+        base_milli=9_000,
+        reason="payment_down",
+        notices="",
+        lease_ms=1_500,
+    )
+
+    async def slowdown() -> Any:
+        return (await front.http.get("/v1/sales/x/board")).json()["slowdown"]
+
+    async def told() -> bool:
+        return bool(await slowdown() == "payment_down")
+
+    async def over() -> bool:
+        return await slowdown() is None
+
+    await until(told)
+    await until(over)

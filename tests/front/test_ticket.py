@@ -372,3 +372,32 @@ async def test_a_bad_identity_is_401_where_it_matters(
     ):
         answer = await front.http.request(method, path, headers=headers)
         assert answer.status_code == 401 and answer.json()["code"] == "auth_invalid", (method, path)
+
+
+async def test_a_winner_is_told_that_payment_is_out_of_order_and_that_the_deadline_moved(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
+    await shop.publish()
+    await seen()
+    ticket = (await front.join("x", "ann")).json()["ticket"]
+    waits = {"channel": "sandbox", "state": "starting"}
+    await shop.mark("x", 1, b"r", version=2, payment=waits)
+    assert "notice" not in (await front.poll(ticket, "ann")).json()
+    await shop.scripts.sale_advise(
+        sale="x", epoch=1, slow_milli=-1, base_milli=-1, reason="", notices="payment", lease_ms=60_000
+    )
+    await seen(true=lambda view: view.notices == "payment")
+    notice = (await front.poll(ticket, "ann")).json()["notice"]
+    assert notice["code"] == "payment_delayed"
+    assert {"zh-CN", "en"} == set(notice["text"])
+    assert "notice" not in (await front.poll(ticket, "bob")).json()
+    await shop.scripts.sale_advise(
+        sale="x", epoch=1, slow_milli=-1, base_milli=-1, reason="", notices="", lease_ms=60_000
+    )
+    await seen(true=lambda view: view.notices == "")
+    await shop.mark("x", 1, b"r", version=3, payment=waits, order={"extended_s": 300})
+    told = (await front.poll(ticket, "ann")).json()
+    assert told["notice"]["code"] == "deadline_extended"
+    assert told["order"]["extended_s"] == 300
+    await shop.mark("x", 1, b"p", version=4, payment={"state": "paid"}, order={"extended_s": 300})
+    assert "notice" not in (await front.poll(ticket, "ann")).json()

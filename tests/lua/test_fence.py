@@ -30,6 +30,9 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
         sale="x", epoch=stage.epoch, value="v", now_ms=OPENS
     ),
     "sale_pulse": lambda stage: stage.scripts.sale_pulse(sale="x", epoch=stage.epoch, pulse=9),
+    "sale_advise": lambda stage: stage.scripts.sale_advise(
+        sale="x", epoch=stage.epoch, slow_milli=1, base_milli=2, reason="r", notices="", lease_ms=9
+    ),
     "sale_rearm": lambda stage: stage.scripts.sale_rearm(
         sale="x", epoch=stage.epoch, old_home=stage.link.run_id, new_home="n", pulse_at_least=0
     ),

@@ -192,3 +192,26 @@ async def test_a_forged_call_back_is_refused(office: Office, path: str, body: by
     answer = await office.http.post(path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"].startswith("application/problem+json")
+
+
+async def test_the_live_document_says_how_much_slower_the_sale_serves_and_why(office: Office) -> None:
+    await office.open_sale(rate_per_s=9)
+    url = "/v1/admin/sales/drop/live"
+    doc = (await office.get(url)).json()
+    assert (doc["slowdown"], doc["notices"]) == (None, [])
+    until_ms = int(time.time() * 1000) + 60_000
+    fields = ("slow_milli", 2500, "slow_base_milli", 9000, "slow_reason", "confirm_lag", "notices", "payment")
+    await office.redis("HSET", "{sale:drop}:sale", "advice_until_ms", until_ms, *fields)
+
+    async def slowed() -> dict[str, Any] | None:
+        found: dict[str, Any] = (await office.get(url)).json()
+        return found if found["slowdown"] else None
+
+    doc = await until(slowed)
+    assert doc["notices"] == ["payment"]
+    assert (doc["slowdown"]["reason"], doc["slowdown"]["rate_per_s"], doc["slowdown"]["from_per_s"]) == (
+        "confirm_lag",
+        2.5,
+        9.0,
+    )
+    assert doc["rates"]["limit_per_s"] == 9  # the operator's
