@@ -53,6 +53,10 @@ up: $(MADE) ## run stores, front, office, worker and sandbox until Ctrl-C
 load: $(MADE_DEV) ## reproduce a peak with Locust, short and headless, with a verdict from the audit
 	@$(BIN)/python -m loadtest.run $(ARGS)
 
+.PHONY: bench
+bench: $(MADE_DEV) ## measure every goal of the hot path at rest, some ten minutes; ARGS="--quick" to try it
+	@$(BIN)/fairdrop bench $(ARGS)
+
 .PHONY: check
 check: $(MADE_DEV) ## static checks only: ruff, format, mypy --strict, import rules, house rules
 	$(BIN)/ruff check .

@@ -265,8 +265,24 @@ def token(
     print(jwt.encode(claims, secret, algorithm="HS256"))
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench(context: typer.Context) -> None:
+    """Measure every goal of the hot path on this machine, against the limits of its own server. Needs the checkout."""
+    try:
+        from loadtest.bench.command import main as run_bench
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("loadtest", "psutil"):
+            raise
+        raise CannotStart(
+            "the benchmark is part of the checkout and needs its development packages: run `make bench` there"
+        ) from error
+    raise typer.Exit(run_bench(context.args))
+
+
 # A command starts faster when those that it is not are left alone.
-OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token", "rotate-keys")
+OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token", "rotate-keys", "bench")
 
 
 def _register(wanted: str) -> None:

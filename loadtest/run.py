@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 START_WITHIN_S = 90.0
@@ -29,7 +29,7 @@ class CannotStart(Exception):
 
 
 @contextlib.contextmanager
-def servers(data_dir: Path, *options: str) -> Iterator[Path]:
+def servers(data_dir: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Path]:
     """`fairdrop up` on free ports; yields its urls.json. CannotStart: with its last words."""
     log_path = data_dir / "up.log"
     urls = data_dir / "urls.json"
@@ -38,7 +38,10 @@ def servers(data_dir: Path, *options: str) -> Iterator[Path]:
     for name in ("front", "office", "worker", "sandbox"):
         command += [f"--{name}-port", "0"]
     with log_path.open("wb") as log:
-        up = subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        env = os.environ | dict(environment or {})
+        up = subprocess.Popen(
+            command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + START_WITHIN_S
         while not urls.exists():

@@ -1,108 +1,152 @@
 """The benchmark: every goal of the hot path, measured on this machine as ratios within one run.
 
-    python -m loadtest.bench --only join,poll --rounds 3 --seconds 1      while tuning: R1, R2 and two subjects
-    python -m loadtest.bench --only join --servers uvicorn granian --connections 256
+    fairdrop bench                                       all goals, about ten minutes
+    fairdrop bench --quick                               all goals, three short rounds: to see that it runs
+    fairdrop bench --only join poll --rounds 3           while tuning: R1, R2 and two subjects
+    fairdrop bench --write BENCHMARKS.md --plots docs/bench      what BENCHMARKS.md holds
 
 Subjects are measured in turn, round after round (A/B/A/B). CPU comes first, in µs for one answer, by process; then
 answers per second. The API has one core, everything else (stores, generator) the other. A round with an unexpected
 answer, or with a generator that used more than 90 % of its core, is void and repeated; a figure whose rounds stay void
-is not printed, only the reason, and the exit status is 1.
+is not printed, only the reason, and the exit status is 1. Exit status 0: every figure could be taken, whether or not it
+meets its goal. `others` is what processes outside the benchmark used meanwhile, in shares of a core: measure at rest.
 
-Measure with nothing else running: `others` is what processes outside the benchmark used meanwhile, in shares of a core.
+R1 is an empty raw-ASGI POST on the same server program, R2 an empty FastAPI POST with a model. The generator is our
+own (loadtest/generator.py): closed loop for ceilings, open loop for latency.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
+import resource
+import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
-from loadtest.bench import door
-from loadtest.bench.rounds import Course, Void, ratios
+from loadtest.bench import confirm, door, fronts, growth, latency, machine, peers, plots, report, system
+from loadtest.bench.door import Sales
+from loadtest.bench.results import Found, Plan
 from loadtest.bench.stack import Shopfront, private_folder
 
-
-def spread(values: Sequence[float], digits: int = 0) -> str:
-    """Median (least–most)."""
-    ordered = sorted(values)
-    middle = ordered[len(ordered) // 2] if len(ordered) % 2 else sum(ordered[len(ordered) // 2 - 1 :][:2]) / 2
-    return f"{middle:,.{digits}f} ({ordered[0]:,.{digits}f}–{ordered[-1]:,.{digits}f})"
-
-
-def door_table(title: str, courses: dict[tuple[str, int], Course], connections: int) -> Table:
-    """One server program at one number of connections."""
-    table = Table(title=title)
-    for name in ("what", "API µs", "of R1 by CPU", "per second", "of R1", "of R2", "Redis µs", "commands", "batch",
-                 "p50 ms", "p99 ms", "generator", "others"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "what" else "right")
-    r1, r2 = courses["r1", connections], courses["r2", connections]
-    for (_, number), course in courses.items():
-        if number != connections:
-            continue
-        try:
-            has_redis = "redis" in course.rounds[0].cpu_us if course.rounds else False
-            table.add_row(
-                course.name,
-                spread(course.values("api"), 1),
-                f"{spread([100 * one for one in ratios(course, r1, 'api', inverse=True)])} %",
-                spread(course.values("per_s")),
-                f"{spread([100 * one for one in ratios(course, r1)])} %",
-                f"{course.median('per_s') / r2.median('per_s'):.0%}",
-                f"{course.median('redis'):.1f}" if has_redis else "",
-                f"{course.median('commands'):.3f}" if has_redis else "",
-                f"{course.median('batch'):.0f}" if has_redis and course.median("batch") < 1_000 else "",
-                f"{course.median('p50_ms'):.1f}",
-                f"{course.median('p99_ms'):.1f}",
-                f"{max(course.values('generator_share')):.0%}",
-                f"{max(course.values('others_share')):.0%}",
-            )
-        except Void as void:
-            table.add_row(course.name, f"void: {void}")
-    return table
+SECTIONS = ("door", "peers", "system", "confirm", "growth", "latency", "fronts")
+WIDTH = 190  # columns of a report that is not on a terminal
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="fairdrop bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--only", nargs="+", default=[], metavar="SUBJECT", help=", ".join(door.SUBJECTS))
-    found.add_argument("--rounds", type=int, default=5)
-    found.add_argument("--seconds", type=float, default=1.0, help="of one round")
+    found.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WHAT",
+        help=f"sections: {', '.join(SECTIONS)}; or subjects of `door`: {', '.join(door.SUBJECTS)}",
+    )
+    found.add_argument("--rounds", type=int, help="of each subject; default 5")
+    found.add_argument("--seconds", type=float, help="of one round; default 1")
+    found.add_argument("--quick", action="store_true", help="2 rounds of 0.5 s, 10⁵ waiting")
     found.add_argument("--connections", type=int, nargs="+", default=[64, 256])
-    found.add_argument("--workers", type=int, nargs="+", default=[1], help="front processes")
-    found.add_argument("--servers", nargs="+", choices=("uvicorn", "granian"), default=["uvicorn"])
+    found.add_argument(
+        "--workers", type=int, nargs="+", default=[1], help="front processes in `door`; default 1"
+    )
+    found.add_argument("--servers", nargs="+", choices=("uvicorn", "granian"), default=["uvicorn", "granian"])
+    found.add_argument("--growth-max", type=int, help="buyers waiting at most; default 1,000,000")
+    found.add_argument(
+        "--json", action="store_true", help="one JSON document with every round on standard output"
+    )
+    found.add_argument("--plots", type=Path, metavar="DIR", help="write SVG plots into this folder")
+    found.add_argument(
+        "--write", type=Path, metavar="FILE", help="put the report between the marks of this file"
+    )
+    return found  # fmt: skip
+
+
+def plan_of(options: argparse.Namespace, say: Callable[[str], None]) -> Plan:
+    quick = options.quick
+    return Plan(
+        rounds=options.rounds or (2 if quick else 5),
+        seconds=options.seconds or (0.5 if quick else 1.0),
+        connections=tuple(options.connections),
+        workers=tuple(options.workers),
+        servers=tuple(options.servers),
+        growth_max=options.growth_max or (100_000 if quick else 1_000_000),
+        say=say,
+    )
+
+
+def chosen(only: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Sections, and subjects of `door`. SystemExit: a word that is neither."""
+    words = [word for part in only for word in part.split(",") if word]
+    unknown = [word for word in words if word not in SECTIONS and word not in door.SUBJECTS]
+    if unknown:
+        raise SystemExit(f"fairdrop bench: --only knows no {', '.join(unknown)}")
+    sections = [name for name in SECTIONS if name in words] if words else list(SECTIONS)
+    subjects = {word for word in words if word in door.SUBJECTS}
+    if subjects and "door" not in sections:
+        sections.insert(0, "door")
+    return sections, subjects or set(door.DEFAULT)
+
+
+async def run(plan: Plan, sections: Sequence[str], subjects: set[str], folder: Path) -> Found:
+    """Run the sections one after the other; each takes its own time, all figures are ratios within a section."""
+    found = Found()
+    if {"door", "peers", "latency", "fronts"} & set(sections):
+        async with Shopfront(folder / "door") as shop:
+            sales = Sales(shop)
+            for workers in plan.workers if "door" in sections else ():
+                for server in plan.servers:
+                    found.add(await door.section(shop, sales, plan, server, workers, subjects))
+            of_shop: dict[str, Callable[[], Awaitable[Found]]] = {
+                "peers": lambda: peers.section(shop, sales, plan),
+                "latency": lambda: latency.section(shop, sales, plan),
+                "fronts": lambda: fronts.section(shop, sales, plan),
+            }
+            for name, section in of_shop.items():
+                if name in sections:
+                    found.add(await section())
+    if "growth" in sections:
+        async with Shopfront(folder / "growth") as shop:  # an empty Redis: its memory is counted
+            found.add(await growth.section(shop, plan))
+    if "system" in sections:
+        found.add(await system.section(folder, machine.Pinning.of(1, machine.cores()), plan))
+    if "confirm" in sections:
+        found.add(await confirm.section(folder, plan))
     return found
 
 
-async def run(options: argparse.Namespace, folder: Path) -> int:
-    console, failed = Console(width=200 if not sys.stdout.isatty() else None), False
-    only = {key for word in options.only for key in word.split(",")} or set(door.DEFAULT)
-    status = Console(stderr=True)
-    async with Shopfront(folder) as shop:
-        sales = door.Sales(shop)
-        for workers in options.workers:
-            for server in options.servers:
-                courses = await door.measure(
-                    shop, sales, server, workers, only, options.connections, options.rounds, options.seconds,
-                    lambda text: status.print(text, style="dim", highlight=False),
-                )  # fmt: skip
-                failed = failed or any(course.void is not None for course in courses.values())
-                for connections in options.connections:
-                    title = f"{server} × {workers}, {connections} connections"
-                    console.print(door_table(title, courses, connections))
-    return 1 if failed else 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    status = Console(stderr=True)
+    sections, subjects = chosen(options.only)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16_384)), hard))
     with tempfile.TemporaryDirectory(prefix="fairdrop-bench-") as name:
         folder = private_folder(Path(name))
+        plan = plan_of(options, lambda text: status.print(text, style="dim", highlight=False))
+        pinning = str(machine.Pinning.of(1, machine.cores()))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run(options, folder))
+            found = runner.run(run(plan, sections, subjects, folder))
+    facts = machine.describe()
+    command = shlex.join(["fairdrop", "bench", *given])
+    if options.json:
+        print(json.dumps(report.as_json(found, facts, command), ensure_ascii=False, indent=1))
+    else:
+        report.on_terminal(Console(width=None if sys.stdout.isatty() else WIDTH), found, facts)
+    pictures = plots.write(found, options.plots) if options.plots else []
+    if options.write:
+        beside = options.write.parent
+        report.write(options.write, report.as_markdown(found, facts, command, pinning, pictures, beside))
+    for reason in found.void:
+        status.print(f"void: {reason}", style="red", highlight=False)
+    return 1 if found.void else 0

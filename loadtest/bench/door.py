@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from loadtest.bench.requests import Joins, Repeated, ask_all, request
-from loadtest.bench.rounds import Course, Measure, Subject
+from loadtest.bench.results import Found, Plan, Verdict, at_least, at_most, course_sheet, percent
+from loadtest.bench.rounds import Course, Measure, Subject, ratios
 from loadtest.bench.stack import Server, Shopfront
 
 SAMPLE = 2_000  # tickets that are polled, buyers who are told sold out
 OPENS_IN_S = 2.5  # of the sale with a draw: its sample joins before
-JOINS_PER_S_MAX = 40_000  # no server here reaches it: a round does not run out of buyers
+JOINS_PER_S_MAX = 25_000  # no server here reaches it: a round does not run out of buyers
 
-# key, name, statuses that are right
 SUBJECTS: dict[str, str] = {
     "r1": "R1: empty raw-ASGI POST",
     "r2": "R2: empty FastAPI POST with a model",
@@ -170,19 +171,95 @@ async def doors(shop: Shopfront, sales: Sales, server: str, workers: int) -> Asy
             shop.drop(one)
 
 
-async def measure(
-    shop: Shopfront,
-    sales: Sales,
-    server: str,
-    workers: int,
-    keys: Collection[str],
-    connections: Sequence[int],
-    rounds: int,
-    seconds: float,
-    say: Callable[[str], None],
-) -> dict[tuple[str, int], Course]:
-    """The courses of these subjects on one server program; R1 and R2 are always among them."""
+@dataclass(frozen=True)
+class Case:
+    """What one subject must reach, in per cent of R1, at each number of connections (0: at any)."""
+
+    goal: int
+    key: str
+    of_r1: dict[int, float]
+
+
+CASES = (
+    Case(1, "join", {256: 75, 64: 60}),
+    Case(4, "sold-out", {0: 80}),
+    Case(5, "poll", {0: 85}),
+    Case(5, "drawn", {0: 80}),
+    Case(5, "board", {0: 93}),
+)
+OF_R2 = 250  # per cent, a join at 256 connections
+SOLD_OUT_REDIS_US = 2.0
+COMMANDS_OF_A_POLL = 0.01  # above what an idle front asks for: none, and room for the clock of the snapshot
+
+
+async def section(
+    shop: Shopfront, sales: Sales, plan: Plan, server: str, workers: int, keys: Collection[str]
+) -> Found:
+    """The figures and verdicts of one server program; R1 and R2 are always among the subjects."""
     wanted = [key for key in SUBJECTS if key in {"r1", "r2"} or key in keys]
     async with doors(shop, sales, server, workers) as door:
-        subjects = [door.subject(key, seconds) for key in wanted]
-        return await Measure(seconds, shop.numbers, say).interleaved(subjects, connections, rounds)
+        subjects = [door.subject(key, plan.seconds) for key in wanted]
+        courses = await Measure(plan.seconds, shop.numbers, plan.say).interleaved(
+            subjects, plan.connections, plan.rounds
+        )
+    found = Found()
+    title = f"{server}, {workers} front process{'es' if workers > 1 else ''}"
+    for connections in plan.connections:
+        where = f"{title}, {connections} connections"
+        here = [courses[key, connections] for key in wanted]
+        found.courses[where] = here
+        limit, plain = courses["r1", connections], courses["r2", connections]
+        found.sheets.append(course_sheet(where, here, limit, plain))
+        if workers == 1:
+            found.verdicts += verdicts({course.subject: course for course in here}, where)
+    return found
+
+
+def verdicts(courses: dict[str, Course], where: str) -> list[Verdict]:
+    """Goals 1, 4 and 5 for one server program at one number of connections."""
+    r1, r2 = courses["r1"], courses["r2"]
+    found: list[Verdict] = []
+    for case in CASES:
+        course = courses.get(case.key)
+        need = case.of_r1.get(course.connections, case.of_r1.get(0)) if course is not None else None
+        if course is None or need is None:
+            continue
+
+        def of_r1(course: Course = course) -> dict[str, list[float]]:
+            return {
+                "by CPU": percent(ratios(course, r1, "api", inverse=True)),
+                "per second": percent(ratios(course, r1)),
+            }
+
+        found.append(at_least(case.goal, f"{course.name}, of R1", where, need, of_r1))
+    if "join" in courses and r1.connections == 256:
+        join = courses["join"]
+        found.append(
+            at_least(1, f"{join.name}, of R2", where, OF_R2, lambda: {
+                "by CPU": percent(ratios(join, r2, "api", inverse=True)), "per second": percent(ratios(join, r2))
+            })
+        )  # fmt: skip
+    if "sold-out" in courses:
+        gone = courses["sold-out"]
+        found.append(
+            at_most(4, f"{gone.name}, Redis CPU", where, SOLD_OUT_REDIS_US,
+                    lambda: {"by used_cpu": gone.values("redis_used_us")}, "µs a buyer")
+        )  # fmt: skip
+    if "poll" in courses:
+        poll = courses["poll"]
+
+        def commands() -> dict[str, list[float]]:
+            idle = r1.values(
+                "commands_per_s"
+            )  # the front looks at its sales ten times a second, polled or not
+            asked = poll.values("commands_per_s")
+            return {
+                "": [max(0.0, a - b) / n for a, b, n in zip(asked, idle, poll.values("per_s"), strict=False)]
+            }
+
+        found.append(
+            at_most(
+                5, "Redis commands for a poll of a waiting ticket", where, COMMANDS_OF_A_POLL, commands, ""
+            )
+        )
+    return found

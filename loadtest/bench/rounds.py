@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from loadtest.bench.machine import busy_s, cpu_s
 from loadtest.generator import Result, closed_loop
 
-GENERATOR_MAX = 0.9  # share of a core: above, it was the generator that was measured
 TRIES = 3  # of a round before its figure is void
 
 
@@ -42,10 +42,24 @@ class Round:
     p99_ms: float
     generator_share: float  # of a core
     others_share: float  # of a core: what processes outside this measurement used meanwhile
+    whole_s: float  # until what the answers started was done too (orders in Postgres)
 
     @property
     def per_s(self) -> float:
         return self.answers / self.seconds
+
+    @property
+    def commands_per_s(self) -> float:
+        return self.commands * self.per_s
+
+    @property
+    def settled_per_s(self) -> float:
+        return self.answers / self.whole_s
+
+    @property
+    def all_us(self) -> float:
+        """CPU of everything but the generator, for one answer."""
+        return sum(value for role, value in self.cpu_us.items() if role != "generator")
 
 
 @dataclass
@@ -62,6 +76,7 @@ class Subject:
     requests: Callable[[], Iterator[bytes]]
     expects: frozenset[int]
     before: Callable[[], Awaitable[None]] | None = None  # each round
+    settle: Callable[[], Awaitable[None]] | None = None  # within the round: CPU counts until it returns
     after: Callable[[], Awaitable[None]] | None = None
 
 
@@ -158,6 +173,11 @@ class Measure:
             result, _ = await closed_loop(
                 "127.0.0.1", subject.port, subject.requests(), connections=connections, seconds=self.seconds
             )
+            whole_s = result.seconds
+            if subject.settle is not None:
+                began = time.perf_counter()
+                await subject.settle()
+                whole_s += time.perf_counter() - began
             all_spent = busy_s() - all_before
             spent = {role: cpu_s(pids) - before[role] for role, pids in subject.pids.items()}
             numbers_after = await self.redis() if self.redis else None
@@ -183,7 +203,8 @@ class Measure:
             p50_ms=result.quantile_ms(0.5),
             p99_ms=result.quantile_ms(0.99),
             generator_share=result.cpu_s / result.seconds,
-            others_share=max(0.0, all_spent - sum(spent.values()) - result.cpu_s) / result.seconds,
+            others_share=max(0.0, all_spent - sum(spent.values()) - result.cpu_s) / whole_s,
+            whole_s=whole_s,
         )
 
 
@@ -199,6 +220,6 @@ def void_reason(result: Result, expects: frozenset[int]) -> str | None:
         )
         last = result.bodies[-1][:160].decode("utf-8", "replace") if result.bodies else ""
         return f"unexpected answers: {words} {last}".strip()
-    if result.cpu_s > GENERATOR_MAX * result.seconds:
+    if result.saturated:
         return f"the generator used {result.cpu_s / result.seconds:.0%} of its core"
     return None

@@ -98,6 +98,19 @@ def spawn(
     return Server(name, port, processes)
 
 
+async def redis_numbers(link: Link) -> RedisNumbers:
+    """What Redis says of itself: INFO cpu, stats, commandstats."""
+    fields: dict[str, str] = {}
+    for part in await link.pipeline([["INFO", "cpu"], ["INFO", "stats"], ["INFO", "commandstats"]]):
+        fields |= dict(line.split(":", 1) for line in bytes(part).decode().splitlines() if ":" in line)
+    calls = fields.get("cmdstat_evalsha", "calls=0").split(",")[0].removeprefix("calls=")
+    return RedisNumbers(
+        cpu_s=float(fields["used_cpu_sys"]) + float(fields["used_cpu_user"]),
+        commands=int(fields["total_commands_processed"]),
+        scripts=int(calls),
+    )
+
+
 class Shopfront:
     """Redis, the front doors in front of it, and what office and worker would do to it. For `async with`."""
 
@@ -106,14 +119,15 @@ class Shopfront:
         self.signing_key = secrets.token_urlsafe(48)
         self.ring = Keyring([self.signing_key.encode()])
         self.valkey = Valkey(folder / "valkey", secrets.token_urlsafe(12), log_path=folder / "valkey.log")
-        self.pinning = Pinning.of(1, cores())
+        self.cores = cores()  # of the machine, before the generator goes to its own
+        self.pinning = Pinning.of(1, self.cores)
         self.versions: dict[str, int] = {}
         self.servers: list[Server] = []
         self._buyers = FIRST_BUYER
 
     async def __aenter__(self) -> Self:
-        with on_cores(self.pinning.rest):
-            self.valkey.start()
+        os.sched_setaffinity(0, self.pinning.rest)
+        self.valkey.start()
         self.link = Link(self.valkey.url, deadline_s=30, name="bench")
         await self.link.start()
         self.scripts = Scripts(self.link)
@@ -124,6 +138,7 @@ class Shopfront:
             server.stop()
         await self.link.close()
         self.valkey.stop()
+        os.sched_setaffinity(0, self.cores)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -157,12 +172,12 @@ class Shopfront:
             "--workers",
             str(workers),
         ]
-        alone = Pinning.of(1, cores())
+        alone = self.pinning
         found = spawn(f"front ({server} × {workers})", command, port, environment, alone)
         self.servers.append(found)
         await found.answers()
         if workers > 1:
-            spread = Pinning.of(workers, cores())
+            spread = Pinning.of(workers, self.cores)
             children = [pid for pid in found.pids if pid != found.processes[0].pid]
             for pid, wanted in zip(children, spread.api, strict=False):
                 pin([pid], wanted)
@@ -183,7 +198,7 @@ class Shopfront:
             server,
         ]
         told = self.environment | environment
-        found = spawn(f"{app} ({server} × {workers})", command, port, told, Pinning.of(workers, cores()))
+        found = spawn(f"{app} ({server} × {workers})", command, port, told, Pinning.of(workers, self.cores))
         self.servers.append(found)
         await found.answers(path)
         return found
@@ -194,16 +209,7 @@ class Shopfront:
 
     async def numbers(self) -> RedisNumbers:
         """Redis' own books so far."""
-        reply = await self.link.pipeline([["INFO", "cpu"], ["INFO", "stats"], ["INFO", "commandstats"]])
-        fields: dict[str, str] = {}
-        for part in reply:
-            fields |= dict(line.split(":", 1) for line in bytes(part).decode().splitlines() if ":" in line)
-        calls = fields.get("cmdstat_evalsha", "calls=0").split(",")[0].removeprefix("calls=")
-        return RedisNumbers(
-            cpu_s=float(fields["used_cpu_sys"]) + float(fields["used_cpu_user"]),
-            commands=int(fields["total_commands_processed"]),
-            scripts=int(calls),
-        )
+        return await redis_numbers(self.link)
 
     async def publish(
         self,

@@ -1,0 +1,293 @@
+"""Goal 6: confirm, one function of the worker, against raw binary COPY into the same table, on durable stores.
+
+Four measures, interleaved round by round, each batch one transaction with synchronous_commit=on:
+    copy       COPY of the batch into purchase_order and nothing else: the limit
+    postgres   confirm's transaction: orders, their lines, events, the item's counter (no SMS: no contacts)
+    confirm    the whole step: contacts, transaction, the winners told in Redis, XACK+XDEL
+    again      the same with some per cent of the entries delivered before
+After each round the books are compared: as many orders as claims, and the counter of the item says the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import asyncpg
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.embedded import Postgres, Valkey, make_folder
+from app.keys import GROUP, SaleKeys
+from app.ledger import migrate
+from app.ledger.confirming import NewOrder
+from app.ledger.engine import create_engine
+from app.ledger.orders import order_no
+from app.purchase.confirm import Claim, Confirmer, Entry, parse
+from app.scripts import Claimed, Joined, Link, Scripts
+from app.settings import Settings
+from loadtest.bench.machine import cpu_s, family
+from loadtest.bench.results import Found, Plan, Sheet, at_least, spread
+from loadtest.bench.rounds import Void
+
+SALE, SKU = "bench", "A"
+UNITS = 10_000_000
+
+
+class Bench:
+    def __init__(self, engine: AsyncEngine, link: Link, settings: Settings) -> None:
+        self.engine = engine
+        self.link = link
+        self.database_url = settings.database_url
+        self.scripts = Scripts(link)
+        self.confirmer = Confirmer(engine, link, self.scripts, settings)
+        self.keys = SaleKeys(SALE)
+        self.buyers = 0
+        self.pids: dict[str, list[int]] = {}
+        self.began: dict[str, float] = {}
+
+    def begin(self) -> float:
+        """The work is ready: from here on time and CPU count."""
+        self.began = self.cpu()
+        return time.perf_counter()
+
+    def cpu(self) -> dict[str, float]:
+        return {role: cpu_s(pids) for role, pids in self.pids.items()}
+
+    async def wrong(self, count: int, name: str) -> str | None:
+        """What the books say against a round of so many orders; None: nothing lost, nothing doubled."""
+        async with self.engine.begin() as conn:
+            orders = (await conn.execute(text("SELECT count(*) FROM purchase_order"))).scalar_one()
+            reserved = (await conn.execute(text("SELECT reserved FROM item"))).scalar_one()
+        left = await self.link.call("XLEN", self.keys.orders)
+        if orders != count or left or (name != "copy" and reserved != count):
+            return f"{count} claims, {orders} orders, {reserved} reserved, {left} left in the stream"
+        return None
+
+    async def publish(self) -> None:
+        now = int(time.time() * 1000)
+        async with self.engine.begin() as conn:
+            await conn.execute(
+                text(
+                    "INSERT INTO sale (id, title, state, line_opens_at, opens_at, closes_at, draw_freeze_s,"
+                    " beacon_wait_s, pay_within_s, limit_per_buyer, standby, line_max, pass_mode, challenge, channels,"
+                    " return_urls) VALUES ('bench', 'bench', 'open', now() - interval '2 s', now() - interval '1 s',"
+                    " now() + interval '1 day', 0, 0, 600, 1, FALSE, 1000, 'optional', 'none', '[]', '[]')"
+                )
+            )
+            await conn.execute(
+                text(
+                    "INSERT INTO item (sale, sku, position, title, price_minor, currency, total)"
+                    " VALUES ('bench', 'A', 0, 'bench', 1000, 'EUR', 10000000)"
+                )
+            )
+        await self.scripts.sale_publish(
+            sale=SALE,
+            fields={
+                "epoch": 1, "version": 1, "line_opens_ms": now - 2000, "opens_ms": now - 1000,
+                "closes_ms": now + 86_400_000, "freeze_ms": now - 1000, "beacon_source": "none", "beacon_wait_ms": 0,
+                "rate_milli": -1, "burst": 100, "limit": 1, "line_max": 1000, "standby": 0, "seed": bytes(32).hex(),
+                "items": SKU, "doc": "{}",
+            },
+            items=[(SKU, UNITS)],
+            seed_hash=hashlib.sha256(bytes(32)).hexdigest(),
+        )  # fmt: skip
+
+    async def claims(self, count: int) -> list[Entry]:
+        """Claims that the script itself made, read by a consumer."""
+        for first in range(0, count, 500):
+            names = [b"buyer-%d" % (self.buyers + n) for n in range(min(500, count - first))]
+            self.buyers += len(names)
+            answer = await self.scripts.line_join(
+                sale=SALE, epoch=1, sku=SKU, skus=[SKU],
+                buyers=[(name, 1, False, name[-10:].rjust(10)) for name in names],
+                backlog_max=10**9,
+            )  # fmt: skip
+            assert isinstance(answer, Joined)
+            assert all(isinstance(one, Claimed) for one in answer.answers)
+        found = await self.link.call(
+            "XREADGROUP", "GROUP", GROUP, "bench", "COUNT", count, "STREAMS", self.keys.orders, ">"
+        )
+        entries: list[Entry] = found[0][1]
+        return entries
+
+    async def empty(self) -> None:
+        async with self.engine.begin() as conn:
+            await conn.execute(
+                text("TRUNCATE purchase_order, order_line, event, sms, payment_attempt, outbox CASCADE")
+            )
+            await conn.execute(text("UPDATE item SET reserved = 0"))
+
+    async def copy(self, batches: int, size: int) -> float:
+        work: list[list[NewOrder]] = []
+        at = datetime.now(UTC)
+        for _ in range(batches):
+            names = [f"buyer-{self.buyers + n}" for n in range(size)]
+            work.append([
+                NewOrder(order_no(SALE, 1, SKU, self.buyers + n, name), SALE, SKU, name, 1, self.buyers + n, 1, 1000,
+                         "EUR", "reserved", at, 600, None)
+                for n, name in enumerate(names, 1)
+            ])  # fmt: skip
+            self.buyers += size
+        # asyncpg by itself: the limit must not move when our own way of writing does
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            begun = self.begin()
+            for batch in work:
+                async with connection.transaction():
+                    await connection.copy_records_to_table(
+                        "purchase_order", records=batch, columns=NewOrder._fields
+                    )
+            return time.perf_counter() - begun
+        finally:
+            await connection.close()
+
+    async def postgres(self, batches: int, size: int) -> float:
+        work: list[list[Claim]] = []
+        for _ in range(batches):
+            parsed = [parse(SALE, entry) for entry in await self.claims(size)]
+            work.append([one for one in parsed if isinstance(one, Claim)])
+        begun = self.begin()
+        for batch in work:
+            await self.confirmer._write(SALE, batch, {}, careful=False)
+        took = time.perf_counter() - begun
+        await self.link.call("XTRIM", self.keys.orders, "MAXLEN", 0)
+        return took
+
+    async def confirm(self, batches: int, size: int) -> float:
+        work = [await self.claims(size) for _ in range(batches)]
+        begun = self.begin()
+        for batch in work:
+            await self.confirmer.confirm(SALE, batch)
+        return time.perf_counter() - begun
+
+    async def again(self, batches: int, size: int) -> float:
+        """Each batch holds REDELIVERED per cent of entries that were confirmed before."""
+        old = size * REDELIVERED // 100
+        before = [await self.claims(old) for _ in range(batches)]
+        for batch in before:
+            await self.confirmer.confirm(SALE, batch)
+        work = [repeated + await self.claims(size - old) for repeated in before]
+        begun = self.begin()
+        for batch in work:
+            await self.confirmer.confirm(SALE, batch)
+        return time.perf_counter() - begun
+
+
+BATCH = 1_000
+BATCHES = 10  # a round
+REDELIVERED = 10  # per cent of a batch
+OF_COPY, AGAIN_OF_COPY = 80.0, 60.0
+NAMES = {
+    "copy": "copy: raw binary COPY into `purchase_order`, nothing else",
+    "postgres": "postgres: the transaction alone",
+    "confirm": "confirm: the whole step",
+    "again": f"again: {REDELIVERED} % were delivered before",
+}
+
+
+@dataclass
+class Taken:
+    """Rounds of one measure: orders a second, and CPU µs for an order of this process, Redis and Postgres."""
+
+    per_s: list[float] = field(default_factory=list)
+    cpu_us: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+async def section(folder: Path, plan: Plan, batches: int = BATCHES) -> Found:
+    """Durable stores of its own, started and stopped here."""
+    home = folder / "confirm"
+    make_folder(home)
+    valkey, postgres = Valkey(home / "valkey", "bench"), Postgres(home / "postgres", "bench")
+    try:
+        await asyncio.to_thread(valkey.start)
+        await asyncio.to_thread(postgres.start)
+        await asyncio.to_thread(migrate.upgrade, postgres.url)
+        taken, void = await _rounds(valkey, postgres, plan, batches)
+    finally:
+        valkey.stop()
+        postgres.stop()
+    return report(taken, void, batches)
+
+
+async def _rounds(
+    valkey: Valkey, postgres: Postgres, plan: Plan, batches: int
+) -> tuple[dict[str, Taken], str | None]:
+    settings = Settings(env="development", redis_url=valkey.url, database_url=postgres.url)
+    engine = create_engine(settings)
+    link = Link(valkey.url, name="bench")
+    await link.start()
+    bench = Bench(engine, link, settings)
+    taken = {name: Taken() for name in NAMES}
+    measures: dict[str, Callable[[int, int], Awaitable[float]]] = {
+        "copy": bench.copy, "postgres": bench.postgres, "confirm": bench.confirm, "again": bench.again
+    }  # fmt: skip
+    void: str | None = None
+    try:
+        await bench.publish()
+        for turn in range(plan.rounds + 1):  # the first warms caches and prepares statements
+            plan.say(f"round {turn}/{plan.rounds}: orders into Postgres")
+            for name, measure in measures.items():
+                await bench.empty()
+                # the server's own children too: a backend is one of them
+                bench.pids = {
+                    "worker": [os.getpid()],
+                    "redis": [valkey.pid],
+                    "postgres": family(postgres.pid),
+                }
+                took = await measure(batches, BATCH)
+                spent = {role: after - bench.began[role] for role, after in bench.cpu().items()}
+                wrong = await bench.wrong(batches * BATCH, name)
+                if wrong is not None:
+                    void = f"{name}: {wrong}"
+                if turn:
+                    taken[name].per_s.append(batches * BATCH / took)
+                    for role, seconds in spent.items():
+                        taken[name].cpu_us[role].append(seconds / (batches * BATCH) * 1e6)
+    finally:
+        await link.close()
+        await engine.dispose()
+    return taken, void
+
+
+def report(taken: dict[str, Taken], void: str | None, batches: int) -> Found:
+    """The verdicts of goal 6 and the table."""
+    found = Found()
+    limit = taken["copy"]
+
+    def of_copy(name: str) -> Callable[[], dict[str, list[float]]]:
+        def measured() -> dict[str, list[float]]:
+            if void is not None:
+                raise Void(void)
+            return {"per second": [100 * a / b for a, b in zip(taken[name].per_s, limit.per_s, strict=True)]}
+
+        return measured
+
+    where = f"batches of {BATCH:,}, synchronous_commit=on"
+    found.verdicts.append(at_least(6, "confirm, of raw binary COPY", where, OF_COPY, of_copy("confirm")))
+    again = f"confirm with {REDELIVERED} % redelivered, of raw binary COPY"
+    found.verdicts.append(at_least(6, again, where, AGAIN_OF_COPY, of_copy("again")))
+    sheet = Sheet(
+        f"Orders into Postgres: batches of {BATCH:,}, {batches} a round",
+        ["what", "orders per second", "of copy", "worker µs", "Redis µs", "Postgres µs"],
+    )
+    if void is None:
+        for name, one in taken.items():
+            ratio = [a / b for a, b in zip(one.per_s, limit.per_s, strict=True)]
+            sheet.rows.append([
+                NAMES[name], spread(one.per_s), f"{statistics.median(ratio):.0%}",
+                *(spread(one.cpu_us[role], 1) for role in ("worker", "redis", "postgres")),
+            ])  # fmt: skip
+    found.sheets.append(sheet)
+    found.lines["confirm"] = {
+        name: {"per_s": one.per_s, "cpu_us": dict(one.cpu_us)} for name, one in taken.items()
+    }
+    return found

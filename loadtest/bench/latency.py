@@ -1,0 +1,167 @@
+"""Goal 8: latency under a load that does not wait for answers, and what is left of the throughput when it is too much.
+
+Open loop: requests leave at fixed moments whatever the server does, and latency counts from the intended moment.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from loadtest.bench.door import JOINS_PER_S_MAX, Door, Sales, doors
+from loadtest.bench.requests import Repeated
+from loadtest.bench.results import Found, Plan, Sheet, at_least, at_most, spread
+from loadtest.bench.rounds import Measure, Void, void_reason
+from loadtest.bench.stack import Shopfront
+from loadtest.generator import Result, open_loop
+
+UTILISED = 0.7
+OVERLOAD = 1.5
+CONNECTIONS = 256
+OVERLOAD_CONNECTIONS = 1_024
+P99_TIMES = 2.0
+GOODPUT = 90.0  # per cent of the peak
+REFUSED_MS = 20.0
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+POLITE = frozenset({202, 429, 503})
+
+
+@dataclass
+class Open:
+    """Rounds of one subject under open load."""
+
+    name: str
+    per_s: float  # offered
+    quantiles_ms: list[list[float]] = field(default_factory=list)  # of each round
+    void: str | None = None
+
+    def add(self, result: Result, expects: frozenset[int]) -> None:
+        self.void = self.void or void_reason(result, expects)
+        self.quantiles_ms.append([result.quantile_ms(q) for q in QUANTILES])
+
+    def at(self, q: float) -> list[float]:
+        if self.void is not None:
+            raise Void(f"{self.name}: {self.void}")
+        return [one[QUANTILES.index(q)] for one in self.quantiles_ms]
+
+
+async def section(shop: Shopfront, sales: Sales, plan: Plan, server: str = "uvicorn") -> Found:
+    async with doors(shop, sales, server, 1) as door:
+        r1, join = door.subject("r1", plan.seconds), door.subject("join", plan.seconds)
+        peak = await Measure(plan.seconds, shop.numbers, plan.say).interleaved([r1, join], [CONNECTIONS], 3)
+        capacity = {key: peak[key, CONNECTIONS].median("per_s") for key in ("r1", "join")}
+        found = await _at_70(door, plan, capacity, server)
+        found.add(await _at_150(door, plan, server))
+        return found
+
+
+async def _at_70(door: Door, plan: Plan, capacity: dict[str, float], server: str) -> Found:
+    sales = door.sales
+    supplies: dict[str, Callable[[], Iterator[bytes]]] = {"r1": Repeated([sales.same]), "join": sales.claims}
+    ports = {"r1": door.r1.port, "join": door.front.port}
+    runs = {
+        "r1": Open("R1", UTILISED * capacity["r1"]),
+        "join": Open("join with a pass", UTILISED * capacity["join"]),
+    }
+    for turn in range(plan.rounds):
+        for key, run in runs.items():
+            plan.say(f"round {turn + 1}/{plan.rounds}: {run.name} at {run.per_s:,.0f} per second")
+            sales.claims.prepare(int(run.per_s * plan.seconds) + 1 if key == "join" else 0)
+            gc.collect()
+            gc.disable()
+            try:
+                result = await open_loop(
+                    "127.0.0.1", ports[key], supplies[key](), per_s=run.per_s, connections=CONNECTIONS,
+                    seconds=plan.seconds,
+                )  # fmt: skip
+            finally:
+                gc.enable()
+            run.add(result, frozenset({200, 202}))
+            await door.shop.forget_orders("claims")
+    where = f"{server}, 1 front process, open loop at {UTILISED:.0%} of capacity"
+
+    def times() -> dict[str, list[float]]:
+        return {
+            "p99": [a / b for a, b in zip(runs["join"].at(0.99), runs["r1"].at(0.99), strict=True) if b > 0]
+        }
+
+    sheet = Sheet(
+        f"Latency at {UTILISED:.0%} of capacity, {server}, from the intended moment of sending",
+        ["what", "offered per second", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"],
+    )
+    for run in runs.values():
+        sheet.rows.append(
+            [run.name, f"void: {run.void}"]
+            if run.void
+            else [run.name, f"{run.per_s:,.0f}", *(spread(run.at(q), 1) for q in QUANTILES)]
+        )
+    latencies = {
+        run.name: [statistics.median(run.at(q)) for q in QUANTILES]
+        for run in runs.values()
+        if run.void is None
+    }
+    return Found(
+        [at_most(8, "p99 of a join, of R1's at the same utilisation", where, P99_TIMES, times, "×")],
+        [sheet],
+        {},
+        {"latency": {"quantiles": QUANTILES, "ms": latencies}},
+    )
+
+
+async def _at_150(door: Door, plan: Plan, server: str) -> Found:
+    """Peak and overload interleaved: goodput is what is accepted in time of what can be accepted at all."""
+    sales, port = door.sales, door.front.port
+    good: list[float] = []
+    refused_ms: list[float] = []
+    refused = 0
+    offered_per_s: list[float] = []
+    void: str | None = None
+    for turn in range(plan.rounds):
+        plan.say(f"round {turn + 1}/{plan.rounds}: {OVERLOAD:.0%} of capacity")
+        course = (
+            await Measure(plan.seconds, door.shop.numbers).interleaved(
+                [door.subject("join", plan.seconds)], [CONNECTIONS], 1
+            )
+        )["join", CONNECTIONS]
+        try:
+            peak = course.median("per_s")
+        except Void as reason:
+            void = str(reason)
+            break
+        offered = OVERLOAD * peak
+        sales.claims.prepare(min(int(offered * plan.seconds) + 1, int(JOINS_PER_S_MAX * 4 * plan.seconds)))
+        gc.collect()
+        gc.disable()
+        try:
+            result = await open_loop(
+                "127.0.0.1", port, sales.claims(), per_s=offered, connections=OVERLOAD_CONNECTIONS,
+                seconds=plan.seconds, give_up=True,
+            )  # fmt: skip
+        finally:
+            gc.enable()
+        await door.shop.forget_orders("claims")
+        void = void or void_reason(result, POLITE)
+        good.append(100 * result.statuses[202] / result.seconds / peak)
+        offered_per_s.append(offered)
+        turned = result.statuses[503] + result.statuses[429]
+        refused += turned
+        if turned:
+            refused_ms.append(result.quantile_ms(0.99, 503, 429))
+    where = f"{server}, 1 front process, {OVERLOAD:.0%} offered over {OVERLOAD_CONNECTIONS:,} connections"
+
+    def goodput() -> dict[str, list[float]]:
+        if void is not None:
+            raise Void(void)
+        return {"per second": good}
+
+    found = Found([at_least(8, "joins accepted under overload, of the peak", where, GOODPUT, goodput)])
+    if refused_ms and void is None:
+        found.verdicts.append(
+            at_most(
+                8, "p99 of a refusal under overload", where, REFUSED_MS, lambda: {"p99": refused_ms}, "ms"
+            )
+        )
+    found.lines["overload"] = {"goodput_percent": good, "refused": refused, "offered_per_s": offered_per_s}
+    return found
