@@ -145,27 +145,34 @@ class Releaser:
         return ended
 
     async def _expire_one(self, order_no: str, generation: int) -> bool:
+        return await self._end_one(
+            order_no, generation, "unpaid", lambda conn: orders.expire(conn, order_no, generation)
+        )
+
+    async def _cancel_one(self, order_no: str, generation: int) -> bool:
+        return await self._end_one(
+            order_no, generation, "left", lambda conn: orders.cancel(conn, order_no, "left", generation)
+        )
+
+    async def _end_one(
+        self,
+        order_no: str,
+        generation: int,
+        reason: str,
+        end: Callable[[AsyncConnection], Awaitable[Mapping[str, Any] | None]],
+    ) -> bool:
         # First the supplier: money that may be on its way keeps the order. No transaction is open meanwhile.
         match await self.clear(order_no):
             case "clear":
                 async with self.engine.begin() as conn:
-                    row = await orders.expire(conn, order_no, generation)
+                    # Under the order's lock nobody can begin a payment; somebody may have since we looked.
+                    order = await orders.lock(conn, order_no)
+                    begun = order is None or await payments.has_open(conn, order_no)
+                    row = None if begun else await end(conn)
                 if row is not None:
-                    ENDED.labels("unpaid").inc()
-                return row is not None
-            case "paid":
-                return False
-            case "unknown":
-                await self._keep(order_no, generation)
-                return False
-
-    async def _cancel_one(self, order_no: str, generation: int) -> bool:
-        match await self.clear(order_no):
-            case "clear":
-                async with self.engine.begin() as conn:
-                    row = await orders.cancel(conn, order_no, "left", generation)
-                if row is not None:
-                    ENDED.labels("left").inc()
+                    ENDED.labels(reason).inc()
+                elif begun:
+                    await self._keep(order_no, generation)
                 return row is not None
             case "paid":
                 return False
