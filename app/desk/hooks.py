@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from app.problems import bounded_body, refusals, refuse
 from app.providers.registry import Providers
-from app.purchase import pay
+from app.purchase.hook import HOOK_BODY_MAX_BYTES, take_hook
 
 router = APIRouter(tags=["hooks"])
 
@@ -30,10 +30,10 @@ async def hook(
 ) -> Response:
     """Signature, timestamp, amount, currency, merchant and order number are verified on the raw bytes."""
     state = request.app.state
-    raw = await bounded_body(request, pay.HOOK_BODY_MAX_BYTES)
+    raw = await bounded_body(request, HOOK_BODY_MAX_BYTES)
     if provider not in state.providers.payment:
         raise refuse("no_such_provider")
-    answer = await pay.take_hook(
+    answer = await take_hook(
         state.engine, cast(Providers, state.providers), provider, dict(request.headers), raw
     )
     if answer.status in (401, 422):

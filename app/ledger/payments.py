@@ -176,6 +176,92 @@ async def add_attempt(
     return None if made is None else str(made)
 
 
+async def clock(conn: AsyncConnection) -> datetime:
+    """Postgres' time of this moment: it decides what has passed."""
+    found = await conn.execute(text("SELECT clock_timestamp()"))
+    now: datetime = found.scalar_one()
+    return now
+
+
+# A supplier that has just had an attempt of the order that came to no link is not the one to ask next.
+_TRIED = (
+    "ARRAY(SELECT DISTINCT tried.provider FROM payment_attempt AS tried WHERE tried.order_no = {order_no}"
+    " AND tried.state IN ('failed', 'closed') AND tried.expires_at IS NULL"
+    " AND tried.ended_at > now() - make_interval(secs => :tried_s))"
+)
+
+
+async def tried(conn: AsyncConnection, order_no: str, tried_s: float) -> set[str]:
+    """The suppliers where an attempt of this order has come to no link in the last `tried_s`."""
+    found = await conn.execute(
+        text("SELECT " + _TRIED.format(order_no=":order_no")), {"order_no": order_no, "tried_s": tried_s}
+    )
+    return set(found.scalar_one())
+
+
+# What no supplier has been asked for: `sent_at` is written before the first call, and taken back only when it has
+# certainly not happened.
+_UNSENT = "sent_at IS NULL AND (leased_until IS NULL OR leased_until < now())"
+
+
+async def unsent(
+    conn: AsyncConnection,
+    provider: str,
+    channels: Sequence[str],
+    due_since_s: float,
+    tried_s: float,
+    limit: int,
+) -> list[Row]:
+    """Attempts at a supplier, of these channels, that were due `due_since_s` ago and were not sent: what a new one
+    needs to know, `tried` (suppliers, as above) and `fresh` (no worker has ever taken it up).
+    """
+    found = await conn.execute(
+        text(
+            "SELECT a.id, a.order_no, a.attempt_no, a.provider, a.channel, a.return_url, a.payer,"
+            " a.state = 'wanted' OR a.tries = 0 AS fresh,"
+            f" {_TRIED.format(order_no='a.order_no')} AS tried FROM payment_attempt AS a"
+            " WHERE a.state IN ('wanted', 'created') AND a.provider = :provider"
+            " AND a.channel = ANY(CAST(:channels AS text[]))"
+            f" AND a.next_at <= now() - make_interval(secs => :due_since_s) AND {_UNSENT}"
+            " ORDER BY a.next_at LIMIT :limit"
+        ),
+        {
+            "provider": provider,
+            "channels": list(channels),
+            "due_since_s": due_since_s,
+            "tried_s": tried_s,
+            "limit": limit,
+        },
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def redirect_fresh(conn: AsyncConnection, provider: str, others: Mapping[str, str]) -> int:
+    """Attempts that no worker has taken up go to other suppliers: attempt id -> its new one. Returns how many."""
+    found = await conn.execute(
+        text(
+            "UPDATE payment_attempt AS a SET provider = other.provider, generation = a.generation + 1, next_at = now()"
+            " FROM unnest(CAST(:ids AS text[]), CAST(:others AS text[])) AS other (id, provider)"
+            " WHERE a.id = other.id AND a.provider = :provider"
+            f" AND (a.state = 'wanted' OR (a.state = 'created' AND a.tries = 0)) AND {_UNSENT}"
+        ),
+        {"provider": provider, "ids": list(others), "others": list(others.values())},
+    )
+    return int(found.rowcount)
+
+
+async def end_unsent(conn: AsyncConnection, attempt_id: str, code: str) -> bool:
+    """An attempt that has certainly not happened anywhere is over. False: it has been taken up, or has ended."""
+    found = await conn.execute(
+        text(
+            "UPDATE payment_attempt SET state = 'failed', code = :code, ended_at = now(), leased_until = NULL,"
+            f" generation = generation + 1 WHERE id = :id AND state = 'created' AND {_UNSENT}"
+        ),
+        {"id": attempt_id, "code": code},
+    )
+    return bool(found.rowcount)
+
+
 async def redirect_wanted(
     conn: AsyncConnection,
     attempt_id: str,

@@ -33,12 +33,12 @@ class Providers:
     routes: Routes = field(default_factory=lambda: Routes({}, ()))
 
     def payment_for(self, channel: str, key: str, but: Collection[str] = ()) -> str | None:
-        """The supplier that a new payment goes to: the first of its route whose breaker is not open, `but` left out.
+        """The supplier that a new payment goes to: the first of its route that may be tried now, `but` left out.
 
         None: there is none such now.
         """
         for name in self.routes.order("payment", channel, key):
-            if name not in but and self.payment[name].guard.breaker.retry_in_ms() == 0:
+            if name not in but and self.payment[name].guard.refusal() is None:
                 return name
         return None
 

@@ -6,8 +6,9 @@ A row that cannot be handled stays leased until its lease runs out: that is its 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,6 +20,22 @@ LOOK_EVERY_S = 0.1  # between two looks when nothing was due: what a buyer may w
 GATHER_S = 0.005  # so that one look takes the places of several that finished together
 DATABASE_DOWN_S = 1.0  # between two looks while Postgres does not answer
 DRAIN_S = 8.0  # after `stopping`: longer than one supplier call; what is cut off recovers by query
+
+
+RETRY_FIRST_S = 0.5
+RETRY_MAX_S = 30.0
+
+
+def held(row: Mapping[str, Any]) -> tuple[str, int]:
+    """A leased row as its holder names it: another generation is another holder's."""
+    return row["id"], row["generation"]
+
+
+def backoff_s(tries: int, at_least_ms: int = 0) -> float:
+    """s until a row that failed `tries` times is due again: growing and spread, and not before a breaker may let it
+    through (`at_least_ms`)."""
+    grown = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(max(tries - 1, 0), 10))
+    return max(grown, at_least_ms / 1000) * random.uniform(0.8, 1.2)
 
 
 async def work_off(

@@ -27,8 +27,7 @@ from app.ledger.engine import alone
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.registry import Providers
 from app.providers.sms import Sent, Text
-from app.purchase.leased import work_off
-from app.purchase.pay import backoff_s
+from app.purchase.leased import backoff_s, work_off
 from app.scripts import Scripts, Wait
 from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
 from app.settings import Settings

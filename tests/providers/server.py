@@ -72,7 +72,7 @@ async def sandbox() -> AsyncIterator[Shop]:
         yield Shop(url, app.state.sandbox, http)
 
 
-Take = Callable[[dict[str, str], bytes], Awaitable[tuple[int, bytes]]]
+Take = Callable[[str, dict[str, str], bytes], Awaitable[tuple[int, bytes]]]  # provider, headers, body
 
 
 @contextlib.asynccontextmanager
@@ -80,7 +80,9 @@ async def hook_listener(take: Take) -> AsyncIterator[str]:
     """A stand-in for the office's route `/v1/hooks/{provider}`; its base address (FAIRDROP_OFFICE_URL)."""
 
     async def hooks(request: Request) -> Response:
-        status, body = await take(dict(request.headers), await request.body())
+        status, body = await take(
+            request.path_params["provider"], dict(request.headers), await request.body()
+        )
         return Response(body, status)
 
     async with served(Starlette(routes=[Route("/v1/hooks/{provider}", hooks, methods=["POST"])])) as url:

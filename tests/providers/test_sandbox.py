@@ -349,7 +349,7 @@ class Taken:
         self.good: list[str] = []
         self.forged: list[str] = []
 
-    async def __call__(self, headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
+    async def __call__(self, _: str, headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
         hook = self.providers.payment["sandbox"].read_hook(headers, raw, datetime.now(UTC))
         if isinstance(hook, HookForged):
             self.forged.append(hook.code)

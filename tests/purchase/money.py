@@ -17,7 +17,7 @@ from app.ledger import orders, payments, tables
 from app.ledger.engine import create_engine
 from app.providers.payment import HookAnswer
 from app.providers.registry import Providers, open_providers
-from app.purchase import pay
+from app.purchase import hook, pay
 from app.purchase.release import Releaser
 from app.scripts import Joined, Link, Published, Scripts
 from app.sealing import contact_aad, seal, sealing_keys
@@ -37,6 +37,7 @@ class Money:
     ) -> None:
         self.settings, self.engine, self.shop, self.providers = settings, engine, shop, providers
         self.link, self.scripts = link, Scripts(link)
+        self.others: list[Shop] = []  # further suppliers beside `shop`
         self.hook_answers: list[HookAnswer] = []
         self.hooks_on = True
         self.releaser = Releaser(
@@ -178,10 +179,10 @@ class Money:
             stopping.set()
             await running
 
-    async def take_hook(self, headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
+    async def take_hook(self, provider: str, headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
         if not self.hooks_on:
             return 503, b""
-        answer = await pay.take_hook(self.engine, self.providers, "sandbox", headers, raw)
+        answer = await hook.take_hook(self.engine, self.providers, provider, headers, raw)
         self.hook_answers.append(answer)
         return answer.status, answer.body
 
@@ -245,19 +246,19 @@ class Money:
         left, reserved, sold = await self.units()
         total = await self.one("SELECT total FROM item")
         assert left + reserved + sold == total
-        stats = await self.shop.stats()
+        stats = [await shop.stats() for shop in (self.shop, *self.others)]
         ours = await self.one("SELECT coalesce(sum(amount_minor), 0) FROM capture")
-        assert stats.get("captured_minor", 0) == ours
+        assert sum(one.get("captured_minor", 0) for one in stats) == ours
         done = await self.one("SELECT coalesce(sum(amount_minor), 0) FROM refund WHERE state = 'done'")
-        assert stats.get("refunded_minor", 0) == done
+        assert sum(one.get("refunded_minor", 0) for one in stats) == done
 
 
 @contextlib.asynccontextmanager
 async def money(shop: Shop, redis_url: str, database_url: str, **changes: Any) -> AsyncIterator[Money]:
     stage: list[Money] = []
 
-    async def take(headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
-        return await stage[0].take_hook(headers, raw)
+    async def take(provider: str, headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
+        return await stage[0].take_hook(provider, headers, raw)
 
     async with hook_listener(take) as url:
         values: dict[str, Any] = {

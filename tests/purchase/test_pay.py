@@ -13,7 +13,7 @@ import pytest
 
 from app.ledger import orders, payments
 from app.providers import sandbox_wire
-from app.purchase import pay
+from app.purchase import evidence, hook, leased, pay
 from tests.providers.server import SECRET, Shop, sandbox, until
 from tests.purchase.money import PRICE, Money, money
 
@@ -294,7 +294,7 @@ def _hook(number: str, **changes: Any) -> dict[str, Any]:
 async def _send(till: Money, body: Any, secret: str = SECRET) -> int:
     raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
     headers = sandbox_wire.headers(secret.encode(), "POST", "/hook", raw)
-    return (await pay.take_hook(till.engine, till.providers, "sandbox", headers, raw)).status
+    return (await hook.take_hook(till.engine, till.providers, "sandbox", headers, raw)).status
 
 
 async def test_evidence_that_does_not_fit_is_refused_and_changes_nothing(till: Money) -> None:
@@ -333,15 +333,15 @@ async def test_forged_bent_and_foreign_call_backs_are_refused(till: Money) -> No
         at = dice.randrange(len(raw) * 8)
         bent = bytearray(raw)
         bent[at // 8] ^= 1 << at % 8
-        answer = await pay.take_hook(till.engine, till.providers, "sandbox", headers, bytes(bent))
+        answer = await hook.take_hook(till.engine, till.providers, "sandbox", headers, bytes(bent))
         assert answer.status == 401
     assert await _send(till, raw, "somebody-else") == 401
     old = sandbox_wire.headers(SECRET.encode(), "POST", "/hook", raw, 1_600_000_000)
-    assert (await pay.take_hook(till.engine, till.providers, "sandbox", old, raw)).status == 401
-    assert (await pay.take_hook(till.engine, till.providers, "sandbox", {}, raw)).status == 401
-    assert (await pay.take_hook(till.engine, till.providers, "paypal", headers, raw)).status == 404
+    assert (await hook.take_hook(till.engine, till.providers, "sandbox", old, raw)).status == 401
+    assert (await hook.take_hook(till.engine, till.providers, "sandbox", {}, raw)).status == 401
+    assert (await hook.take_hook(till.engine, till.providers, "paypal", headers, raw)).status == 404
     assert (
-        await pay.take_hook(till.engine, till.providers, "sandbox", headers, b"x" * 100_000)
+        await hook.take_hook(till.engine, till.providers, "sandbox", headers, b"x" * 100_000)
     ).status == 413
     assert await till.state(number) == "reserved"
     assert await till.sql("SELECT 1 FROM webhook_inbox") == []
@@ -395,7 +395,7 @@ async def test_a_call_back_that_cannot_be_committed_is_asked_for_again(till: Mon
     nowhere = create_engine(
         till.settings.model_copy(update={"database_url": "postgresql://x:y@127.0.0.1:9/none"})
     )
-    assert (await pay.take_hook(nowhere, till.providers, "sandbox", headers, raw)).status == 503
+    assert (await hook.take_hook(nowhere, till.providers, "sandbox", headers, raw)).status == 503
     await nowhere.dispose()
     assert await _send(till, raw) == 200
 
@@ -483,7 +483,7 @@ async def test_late_money_waits_while_redis_is_away(till: Money) -> None:
     from app.errors import DidNotHappen
 
     with pytest.raises(DidNotHappen):
-        await pay.weigh_late(till.engine, till.scripts)
+        await evidence.weigh_late(till.engine, till.scripts)
     assert await till.captures(number) == ["due"]
     await till.link.start()
     async with till.loops():
@@ -539,7 +539,7 @@ async def test_two_workers_and_an_expiry_that_race_for_late_money_settle_it_once
         await till.shop.press(row["url"])
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
-            group.create_task(pay.weigh_late(till.engine, till.scripts))
+            group.create_task(evidence.weigh_late(till.engine, till.scripts))
             group.create_task(till.relay())
     async with till.loops():
         for number in numbers:
@@ -668,7 +668,7 @@ async def test_thirty_orders_through_a_supplier_that_does_everything_wrong(
     till: Money, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pay, "POLL_FIRST_S", 0.5)
-    monkeypatch.setattr(pay, "RETRY_MAX_S", 1.0)
+    monkeypatch.setattr(leased, "RETRY_MAX_S", 1.0)
     await till.sql("UPDATE item SET total = 30")
     await till.link.call("HSET", "{sale:drop}:stock", "PH-128", 30)
     await till.shop.control(

@@ -14,7 +14,7 @@ import pytest
 
 from app.ledger import payments
 from app.providers import sandbox_wire
-from app.purchase import pay
+from app.purchase import hook
 from tests.providers.server import SECRET, Shop, sandbox
 from tests.purchase.money import PRICE, Money, money
 
@@ -53,7 +53,7 @@ def body_of(number: str, *, event: str = "evt-1", ref: str = "cap-1", amount_min
 
 async def told(till: Money, raw: bytes) -> int:
     headers = sandbox_wire.headers(sandbox_wire.secrets_of(SECRET)[0], "POST", "/hook", raw, time.time())
-    return (await pay.take_hook(till.engine, till.providers, "sandbox", headers, raw)).status
+    return (await hook.take_hook(till.engine, till.providers, "sandbox", headers, raw)).status
 
 
 async def rows(till: Money) -> dict[str, list[dict[str, Any]]]:

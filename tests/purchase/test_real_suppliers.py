@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from app.ledger import orders, payments
-from app.purchase import pay
+from app.purchase import hook, pay
 from tests.providers.server import Shop, until
 from tests.providers.standins import loopback
 from tests.providers.standins.alipay_gateway import AlipayGateway
@@ -127,11 +127,11 @@ async def test_an_order_is_paid_by_the_suppliers_call_back_once_and_refunded_onc
         link = await till.link_of(number)
         headers, body = await asyncio.to_thread(case.pay, f"{number}-1", link)
         bent = body[:-1] + bytes([body[-1] ^ 1])
-        forged = await pay.take_hook(till.engine, till.providers, case.name, headers, bent)
+        forged = await hook.take_hook(till.engine, till.providers, case.name, headers, bent)
         assert forged.status == 401
         assert await till.state(number) == "reserved"
         for _ in range(3):  # the supplier's duplicates
-            answer = await pay.take_hook(till.engine, till.providers, case.name, headers, body)
+            answer = await hook.take_hook(till.engine, till.providers, case.name, headers, body)
             assert answer == till.providers.payment[case.name].hook_reply(True)
         assert await till.state(number) == "paid"
         assert await till.captures(number) == ["kept"]

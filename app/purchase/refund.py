@@ -1,0 +1,72 @@
+"""Money on its way back: a refund's id makes it one refund, however often its supplier is called."""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.alarm import alert
+from app.ledger import payments
+from app.providers.answer import Done, MaybeDone, NotDone, Refused
+from app.providers.guard import GuardedPayment
+from app.providers.payment import RefundWanted
+from app.purchase.leased import backoff_s, held
+
+Row = dict[str, Any]
+
+
+async def send_refund(engine: AsyncEngine, provider: GuardedPayment, row: Row) -> None:
+    """Give one leased refund's money back; its id makes it one refund however often this runs."""
+    if row["state"] in ("sent", "unknown"):
+        looked = await provider.refund_query(row["id"], row["capture_ref"])
+        if isinstance(looked, Done) and looked.value.state != "absent":
+            await _refund_stands(engine, row, looked.value.state, looked.value.provider_ref)
+            return
+        if not isinstance(looked, Done):
+            async with engine.begin() as conn:
+                await payments.refund_wait(conn, held(row), row["state"], backoff_s(row["tries"]))
+            return
+    answer = await provider.refund(
+        RefundWanted(
+            refund_id=row["id"],
+            order_no=row["order_no"],
+            attempt_id=row["attempt_id"],
+            capture_ref=row["capture_ref"],
+            amount_minor=row["amount_minor"],
+            currency=row["currency"],
+            captured_minor=row["captured_minor"],
+            reason=row["reason"],
+        )
+    )
+    match answer:
+        case Done(state):
+            await _refund_stands(engine, row, state.state, state.provider_ref)
+        case NotDone():
+            async with engine.begin() as conn:
+                wait_s = backoff_s(row["tries"], answer.retry_in_ms)
+                await payments.refund_wait(conn, held(row), row["state"], wait_s)
+        case MaybeDone():
+            async with engine.begin() as conn:
+                await payments.refund_wait(conn, held(row), "unknown", backoff_s(row["tries"]))
+        case Refused():
+            async with engine.begin() as conn:
+                failed = await payments.refund_failed(conn, row)
+            if failed:
+                alert(
+                    "refund_refused",
+                    "a supplier refuses a refund for good; the money is still with us",
+                    refund=row["id"],
+                    order_no=row["order_no"],
+                    code=answer.code,
+                )
+        case _:
+            assert_never(answer)
+
+
+async def _refund_stands(engine: AsyncEngine, row: Row, state: str, provider_ref: str | None) -> None:
+    async with engine.begin() as conn:
+        if state == "done":
+            await payments.refund_done(conn, row["id"], provider_ref)
+        else:
+            await payments.refund_wait(conn, held(row), "sent", backoff_s(row["tries"]))
