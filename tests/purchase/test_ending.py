@@ -83,11 +83,11 @@ async def test_of_many_races_between_ending_and_paying_none_leaves_an_ended_orde
 
     async def slow_clear(order_no: str) -> Literal["clear", "paid", "unknown"]:
         cleared = await clear(order_no)
-        await asyncio.sleep(dice.random() * 0.02)
+        await asyncio.sleep(dice.random() * 0.02)  # not a wait: shuffles who comes first
         return cleared
 
     async def begin(number: str) -> bool:
-        await asyncio.sleep(dice.random() * 0.06)
+        await asyncio.sleep(dice.random() * 0.06)  # not a wait: shuffles who comes first
         return await _begin(till, number)
 
     till.releaser.clear = slow_clear

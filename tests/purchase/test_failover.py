@@ -102,7 +102,8 @@ async def test_with_nobody_else_the_payment_waits_where_it_is(till: Money) -> No
     await _trip(till, "sandbox-2")
     number = await till.reserve("ann")
     async with till.loops():
-        await asyncio.sleep(0.25)
+        for guarded in till.providers.payment.values():
+            assert await failover.move_on(till.engine, till.providers, guarded) == 0
         assert await _suppliers(till, number) == [("sandbox", "created", None)]
         till.providers.payment["sandbox"].guard.breaker.set_mode("auto")
         await till.shop.press(await till.link_of(number))
@@ -152,7 +153,7 @@ async def test_a_link_that_is_out_stays_at_its_supplier_while_that_is_away(till:
     async with till.loops():
         url = await till.link_of(number)
         await _trip(till)
-        await asyncio.sleep(0.3)
+        assert await failover.move_on(till.engine, till.providers, till.providers.payment["sandbox"]) == 0
         await till.shop.press(url)  # the call-back needs no call of ours
         await till.becomes(number, "paid")
     assert await _suppliers(till, number) == [("sandbox", "succeeded", None)]
@@ -204,7 +205,9 @@ async def test_attempts_hop_no_more_than_their_limit_and_leave_the_buyer_some(
     number = await till.reserve("ann")
     async with till.loops():
         await until(lambda: _has(till, number, 4))
-        await asyncio.sleep(0.5)
+        last = backup if (await _suppliers(till, number))[-1][0] == "sandbox-2" else till.shop
+        calls = last.state.counts["calls_create"]
+        await until(lambda: last.state.counts["calls_create"] >= calls + 2)  # it stays, and is tried again
         assert len(await till.attempts(number)) == 4
         for shop in (till.shop, backup):
             await shop.control(reset=True)
