@@ -43,7 +43,7 @@ UNITS = 10_000_000
 
 
 class Bench:
-    def __init__(self, engine: AsyncEngine, link: Link, settings: Settings) -> None:
+    def __init__(self, engine: AsyncEngine, link: Link, settings: Settings, stores: tuple[int, int]) -> None:
         self.engine = engine
         self.link = link
         self.database_url = settings.database_url
@@ -51,16 +51,25 @@ class Bench:
         self.confirmer = Confirmer(engine, link, self.scripts, settings)
         self.keys = SaleKeys(SALE)
         self.buyers = 0
-        self.pids: dict[str, list[int]] = {}
-        self.began: dict[str, float] = {}
+        self.postgres_pid, self.redis_pid = stores
+        self._pids: dict[str, list[int]] = {}
+        self._cpu: dict[str, float] = {}
+        self._at = 0.0
+        self.spent: dict[str, float] = {}  # s of CPU of the last measure, by process
 
-    def begin(self) -> float:
-        """The work is ready: from here on time and CPU count."""
-        self.began = self.cpu()
-        return time.perf_counter()
+    def begin(self) -> None:
+        """The work is ready: from here on time and CPU count. Backends of open connections are Postgres' children."""
+        self._pids = {
+            "worker": [os.getpid()], "redis": [self.redis_pid], "postgres": family(self.postgres_pid)
+        }  # fmt: skip
+        self._cpu = {role: cpu_s(pids) for role, pids in self._pids.items()}
+        self._at = time.perf_counter()
 
-    def cpu(self) -> dict[str, float]:
-        return {role: cpu_s(pids) for role, pids in self.pids.items()}
+    def end(self) -> float:
+        """The work is done; returns its seconds."""
+        took = time.perf_counter() - self._at
+        self.spent = {role: cpu_s(pids) - self._cpu[role] for role, pids in self._pids.items()}
+        return took
 
     async def wrong(self, count: int, name: str) -> str | None:
         """What the books say against a round of so many orders; None: nothing lost, nothing doubled."""
@@ -140,13 +149,13 @@ class Bench:
         # asyncpg by itself: the limit must not move when our own way of writing does
         connection = await asyncpg.connect(self.database_url)
         try:
-            begun = self.begin()
+            self.begin()
             for batch in work:
                 async with connection.transaction():
                     await connection.copy_records_to_table(
                         "purchase_order", records=batch, columns=NewOrder._fields
                     )
-            return time.perf_counter() - begun
+            return self.end()
         finally:
             await connection.close()
 
@@ -155,19 +164,19 @@ class Bench:
         for _ in range(batches):
             parsed = [parse(SALE, entry) for entry in await self.claims(size)]
             work.append([one for one in parsed if isinstance(one, Claim)])
-        begun = self.begin()
+        self.begin()
         for batch in work:
             await self.confirmer._write(SALE, batch, {}, careful=False)
-        took = time.perf_counter() - begun
+        took = self.end()
         await self.link.call("XTRIM", self.keys.orders, "MAXLEN", 0)
         return took
 
     async def confirm(self, batches: int, size: int) -> float:
         work = [await self.claims(size) for _ in range(batches)]
-        begun = self.begin()
+        self.begin()
         for batch in work:
             await self.confirmer.confirm(SALE, batch)
-        return time.perf_counter() - begun
+        return self.end()
 
     async def again(self, batches: int, size: int) -> float:
         """Each batch holds REDELIVERED per cent of entries that were confirmed before."""
@@ -176,10 +185,10 @@ class Bench:
         for batch in before:
             await self.confirmer.confirm(SALE, batch)
         work = [repeated + await self.claims(size - old) for repeated in before]
-        begun = self.begin()
+        self.begin()
         for batch in work:
             await self.confirmer.confirm(SALE, batch)
-        return time.perf_counter() - begun
+        return self.end()
 
 
 BATCH = 1_000
@@ -225,7 +234,7 @@ async def _rounds(
     engine = create_engine(settings)
     link = Link(valkey.url, name="bench")
     await link.start()
-    bench = Bench(engine, link, settings)
+    bench = Bench(engine, link, settings, (postgres.pid, valkey.pid))
     taken = {name: Taken() for name in NAMES}
     measures: dict[str, Callable[[int, int], Awaitable[float]]] = {
         "copy": bench.copy, "postgres": bench.postgres, "confirm": bench.confirm, "again": bench.again
@@ -237,20 +246,13 @@ async def _rounds(
             plan.say(f"round {turn}/{plan.rounds}: orders into Postgres")
             for name, measure in measures.items():
                 await bench.empty()
-                # the server's own children too: a backend is one of them
-                bench.pids = {
-                    "worker": [os.getpid()],
-                    "redis": [valkey.pid],
-                    "postgres": family(postgres.pid),
-                }
                 took = await measure(batches, BATCH)
-                spent = {role: after - bench.began[role] for role, after in bench.cpu().items()}
                 wrong = await bench.wrong(batches * BATCH, name)
                 if wrong is not None:
                     void = f"{name}: {wrong}"
                 if turn:
                     taken[name].per_s.append(batches * BATCH / took)
-                    for role, seconds in spent.items():
+                    for role, seconds in bench.spent.items():
                         taken[name].cpu_us[role].append(seconds / (batches * BATCH) * 1e6)
     finally:
         await link.close()

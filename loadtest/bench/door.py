@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from loadtest.bench.requests import Joins, Repeated, ask_all, request
 from loadtest.bench.results import Found, Plan, Verdict, at_least, at_most, course_sheet, percent
 from loadtest.bench.rounds import Course, Measure, Subject, ratios
-from loadtest.bench.stack import Server, Shopfront
+from loadtest.bench.stack import FRONT, Server, Shopfront
 
 SAMPLE = 2_000  # tickets that are polled, buyers who are told sold out
 OPENS_IN_S = 2.5  # of the sale with a draw: its sample joins before
@@ -155,9 +155,11 @@ class Door:
 
 
 @asynccontextmanager
-async def doors(shop: Shopfront, sales: Sales, server: str, workers: int) -> AsyncIterator[Door]:
+async def doors(
+    shop: Shopfront, sales: Sales, server: str, workers: int, module: str = FRONT
+) -> AsyncIterator[Door]:
     """R1, R2 and a front on this server program with so many processes each."""
-    front = await shop.front(server, workers)
+    front = await shop.front(server, workers, module)
     if not hasattr(sales, "claims"):
         await sales.prepare(front.port)
     else:

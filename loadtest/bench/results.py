@@ -189,10 +189,13 @@ def _batched(course: Course) -> bool:
 
 
 def _against(course: Course, limit: Course | None, plain: Course | None) -> list[str]:
-    try:
-        by_cpu = f"{statistics.median(ratios(course, limit, 'api', inverse=True)):.0%}" if limit else ""
-        of_r1 = f"{statistics.median(ratios(course, limit)):.0%}" if limit else ""
-        of_r2 = f"{statistics.median(ratios(course, plain)):.0%}" if plain else ""
-    except Void:
-        return ["", "", ""]
-    return [by_cpu, of_r1, of_r2]
+    """By CPU of R1, per second of R1 and of R2; empty where there is nothing to hold it against."""
+
+    def share(against: Course | None, what: str, inverse: bool) -> str:
+        try:
+            found = ratios(course, against, what, inverse=inverse) if against is not None else []
+        except Void:
+            return ""
+        return f"{statistics.median(found):.0%}" if found else ""
+
+    return [share(limit, "api", True), share(limit, "per_s", False), share(plain, "per_s", False)]

@@ -30,6 +30,7 @@ from loadtest.bench.requests import SKU, Joins
 from loadtest.bench.rounds import RedisNumbers
 from loadtest.run import CHECKOUT, STOP_WITHIN_S
 
+FRONT = "app.cli"  # what is run as `front`
 START_WITHIN_S = 30.0
 SEED = bytes(range(32))
 HOUR_MS = 3_600_000
@@ -155,7 +156,9 @@ class Shopfront:
             "FAIRDROP_LOG_LEVEL": "warning",
         }
 
-    async def front(self, server: str = "uvicorn", workers: int = 1, **settings: str) -> Server:
+    async def front(
+        self, server: str = "uvicorn", workers: int = 1, module: str = FRONT, **settings: str
+    ) -> Server:
         """A front door with so many processes. settings: FAIRDROP_* in lower case, without the prefix."""
         environment = self.environment | {
             f"FAIRDROP_{name.upper()}": value for name, value in settings.items()
@@ -163,7 +166,7 @@ class Shopfront:
         port = free_port()
         command = [
             "-m",
-            "app.cli",
+            module,
             "front",
             "--port",
             str(port),
