@@ -72,8 +72,12 @@ pytest: $(MADE_DEV) ## tests only; TESTS="..." chooses
 # Two parts: what measures or needs every processor runs alone, afterwards. Status 5 means that there is none.
 .PHONY: test
 test: check ## everything that has to hold: static checks, then all tests, in parallel where possible
-	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "not serial" $(TESTS)
-	$(BIN)/pytest -q -m serial $(TESTS) || test $$? -eq 5
+	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "not serial and not long" $(TESTS)
+	$(BIN)/pytest -q -m "serial and not long" $(TESTS) || test $$? -eq 5
+
+.PHONY: planted
+planted: $(MADE_DEV) ## the checker is checked: every planted bug is caught, and without it the same sale is fine
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal --durations=40 tests/chaos/test_planted.py
 
 .PHONY: format
 format: $(MADE_DEV) ## let ruff put the code in form

@@ -329,13 +329,13 @@ class Recorder:
             self.end(begun, "unknown", status=status, code=_word(document, "code"))
         elif status >= 400:
             self.end(begun, "fail", status=status, code=_word(document, "code"))
-        elif isinstance(document, dict) and "ticket_id" in document:
+        elif isinstance(document, dict) and "ticket" in document:
             order, payment = document.get("order"), document.get("payment")
             self.end(
                 begun,
                 "ok",
                 status=status,
-                ticket=document["ticket_id"] or "",
+                ticket=document.get("ticket_id") or "",
                 state=document.get("state") or "",
                 sku=document.get("sku") or "",
                 units=document.get("units") or 0,

@@ -347,8 +347,8 @@ def _kept_place(h: History, r: Result, ticket: str, seen: list[Done]) -> None:
     """What Redis acknowledged is still there: the seq that was told has its byte, and a claim became something."""
     last = _end(seen[-1])
     item = h.items.get(last.sku)
-    if item is None or last.seq is None or not h.held:
-        return
+    if item is None or last.seq is None or not h.held or item.epoch > 1:
+        return  # after a rebuild places have new numbers
     byte = _byte(item, last.seq)
     lapsed = any(_end(done).state == "lapsed" for done in seen)
     if byte == "." and not lapsed:
@@ -383,7 +383,7 @@ def queue(h: History, r: Result) -> None:
         r.find(f"{len(letters)} claims were buried, {h.poisoned()} were poison: {letters[0].reason}")
     if not h.held or h.sale is None:
         return
-    claims = {(claim.sku, claim.seq): claim for claim in h.claims if claim.epoch == h.sale.epoch}
+    claims = {(claim.sku, claim.seq): claim for claim in sorted(h.claims, key=lambda claim: claim.epoch)}
     for item in h.items.values():
         left = set(item.left_seqs)
         for seq, byte in enumerate(item.outcome, 1):
@@ -395,7 +395,7 @@ def queue(h: History, r: Result) -> None:
                     f"{item.sku} seq {seq} was given a unit; there is no order, no refusal",
                     _buyer_of(h, item.sku, seq),
                 )
-            if not was_served and claim is not None:
+            if not was_served and claim is not None and claim.epoch == h.sale.epoch:
                 r.find(
                     f"{item.sku} seq {seq} has a claim in Postgres; in Redis its byte is {byte!r}",
                     claim.buyer,
@@ -648,8 +648,8 @@ def _never_back(r: Result, ticket: str, seen: list[Done]) -> None:
 
 
 def the_draw(h: History, r: Result) -> None:
-    if h.sale is None or not h.held or not h.sale.seed:
-        return
+    if h.sale is None or not h.held or not h.sale.seed or h.sale.epoch > 1:
+        return  # a rebuilt sale keeps the ranks of the draw in its orders, not the draw
     seed = bytes.fromhex(h.sale.seed)
     if draw.seed_hash(seed) != h.sale.seed_hash:
         r.find("the seed is not the one that was committed to")

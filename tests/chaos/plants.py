@@ -1,0 +1,263 @@
+"""Planted bugs: the mistakes that the design forbids, each put into a process after the fork, to see it caught.
+
+Each is as small as the slip that would make it: a guard left out of a script, two lines in the other order. None is in
+`app`; a process gets one only from tests/chaos/zygote.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app import scripts
+from app.errors import DidNotHappen, Unknown
+from app.ledger import confirming, orders
+from app.providers.answer import Done
+from app.providers.guard import GuardedPayment
+from app.providers.payment import HookAnswer, LinkWanted
+from app.purchase import confirm, pay
+from app.purchase.confirm import Claim, Confirmer, Told, refused_json
+from app.purchase.release import Releaser
+from app.purchase.told import status_json
+from app.scripts import Script, Scripts
+
+
+def lua(names: Sequence[str], *swaps: tuple[str, str]) -> None:
+    """Other text in these scripts, parts included. AssertionError: the text to be replaced is not there any more."""
+    real = scripts.script_text
+
+    def changed(name: str) -> str:
+        text = real(name)
+        if name in names:
+            found = [swap for swap in swaps if swap[0] in text]
+            assert found, f"{name}.lua has changed: {swaps[0][0]!r} is not in it"
+            for old, new in found:
+                text = text.replace(old, new)
+        return text
+
+    scripts.script_text = changed
+    scripts._text.cache_clear()
+    scripts._sha.cache_clear()
+    for name in names:
+        assert name in Script.registry
+
+
+def client_retries() -> None:
+    """A lost connection is answered by sending the call again, as redis-py does by default."""
+    real = Scripts._raw
+
+    async def stubborn(self: Scripts, script: Script[Any], keys: Any, args: Any) -> list[Any]:
+        for _ in range(40):
+            try:
+                return await real(self, script, keys, args)
+            except (Unknown, DidNotHappen):
+                await asyncio.sleep(0.05)
+        return await real(self, script, keys, args)
+
+    Scripts._raw = stubborn  # type: ignore[method-assign]
+
+
+def no_dedupe() -> None:
+    """A repeated tap is a new buyer."""
+    lua(
+        ["line_join"],
+        ("local held = redis.call('HMGET', KEYS[7], unpack(ARGV, 9, 8 + n))", "local held = {}"),
+        ("local mine = fresh[buyer]", "local mine = nil"),
+    )
+
+
+def ack_before_commit() -> None:
+    """The entry is given up before its row is committed."""
+    real = Confirmer._write
+
+    async def hasty(self: Confirmer, sale: str, claims: Sequence[Claim], *args: Any, **kwargs: Any) -> Any:
+        await self._acknowledge(sale, [claim.entry_id for claim in claims], [])
+        return await real(self, sale, claims, *args, **kwargs)
+
+    Confirmer._write = hasty  # type: ignore[method-assign]
+
+
+def release_before_commit() -> None:
+    """Redis gets the unit back before Postgres has committed that it is free."""
+
+    async def hasty(self: Releaser, order_no: str, generation: int) -> bool:
+        if await self.clear(order_no) != "clear":
+            return False
+        async with self.engine.begin() as conn:
+            row = await orders.lock(conn, order_no)
+        assert row is not None
+        await self.scripts.units_release(
+            sale=row["sale"],
+            epoch=row["epoch"],
+            sku=row["sku"],
+            seq=row["seq"],
+            units=row["units"],
+            version=row["version"] + 1,
+            to_byte=b"e",
+            status_json=status_json({**row, "state": "expired"}, [], None),
+            work_max=100,
+            backlog_max=1000,
+        )
+        async with self.engine.begin() as conn:
+            return await orders.expire(conn, order_no, generation) is not None
+
+    Releaser._expire_one = hasty  # type: ignore[method-assign]
+
+
+def maxlen() -> None:
+    """The order stream is kept short."""
+    lua(
+        ["line_join"],
+        ("redis.call('XADD', KEYS[6], '*'", "redis.call('XADD', KEYS[6], 'MAXLEN', '=', '3', '*'"),
+    )
+    lua(
+        ["line_advance", "units_release"],
+        ("redis.call('XADD', ORDERS, '*'", "redis.call('XADD', ORDERS, 'MAXLEN', '=', '3', '*'"),
+    )
+
+
+def expiry_without_guard() -> None:
+    """An order ends unpaid whatever its state is by now."""
+
+    async def blind(conn: AsyncConnection, number: str, generation: int) -> Any:
+        row = await orders._one(
+            conn,
+            "state = 'expired', reason = 'unpaid', ended_at = now(), version = version + 1, leased_until = NULL",
+            "pay_by <= now()",
+            order_no=number,
+        )
+        if row is not None:
+            await orders._ended(conn, row, "order.expired", "expired", "e")
+        return row
+
+    orders.expire = blind
+
+
+def failover_while_unknown() -> None:
+    """No answer to a payment call: at once another link."""
+
+    async def impatient(till: Any, row: Any, code: str, retry_in_ms: int = 0) -> None:
+        await pay._end(till, row, "failed", code, again=True)
+
+    pay._wait_unknown = impatient
+
+
+def acknowledged_before_commit() -> None:
+    """The supplier gets its 2xx, and the call-back is worked on afterwards."""
+    real = pay.take_hook
+    under_way: set[asyncio.Task[Any]] = set()
+
+    async def eager(engine: Any, providers: Any, name: str, headers: Any, raw_body: bytes) -> HookAnswer:
+        task = asyncio.create_task(_later(real(engine, providers, name, headers, raw_body)))
+        under_way.add(task)
+        return providers.payment[name].hook_reply(ok=True)  # type: ignore[no-any-return]
+
+    pay.take_hook = eager
+
+
+async def _later(work: Any) -> None:
+    await asyncio.sleep(0.1)
+    await work
+
+
+FENCE = "if S.epoch ~= ARGV[1] or S.home ~= ARGV[2] then"
+
+
+def no_epoch_check() -> None:
+    """The fence is gone: whatever a Redis holds that came back is believed."""
+    lua(
+        [name for name in Script.registry if "--@ part sale" in _source(name)],
+        (FENCE, "if false then"),
+    )
+    lua(["sale_rearm"], ("if pulse < tonumber(ARGV[4]) then", "if false then"))
+
+
+def _source(name: str) -> str:
+    return (scripts.lua_dir() / f"{name}.lua").read_text(encoding="utf-8")
+
+
+def old_release_applied() -> None:
+    """A release that a rebuild has overtaken is applied all the same."""
+    lua(["units_release"], (FENCE, "if S.home ~= ARGV[2] then"))
+
+
+def violation_is_poison() -> None:
+    """A row that exists already is taken for an entry that cannot be written."""
+    real = Confirmer._write
+
+    async def rash(
+        self: Confirmer, sale: str, claims: Sequence[Claim], contacts: Any, *, careful: bool
+    ) -> Any:
+        try:
+            async with self.engine.begin() as conn:
+                return await self._copy(conn, sale, claims, contacts)
+        except asyncpg.UniqueViolationError:
+            told: dict[str, Told] = {}
+            for claim in claims:
+                async with self.engine.begin() as conn:
+                    entry = claim.entry_id.decode()
+                    await confirming.bury(conn, sale, "orders", entry, {}, "UniqueViolationError")
+                    await confirming.refuse(
+                        conn, claim.order_no, sale, claim.sku, claim.buyer_id, claim.epoch, claim.seq, claim.units,
+                        reason="poison", returned=True, told=refused_json("poison"),
+                    )  # fmt: skip
+                told[claim.order_no] = Told("poison")
+            return told
+        except confirm._LookAgain:
+            return await real(self, sale, claims, contacts, careful=careful)
+
+    Confirmer._write = rash  # type: ignore[method-assign]
+
+
+def stale_status() -> None:
+    """Whoever comes last has the last word about a ticket."""
+    lua(["claims_mark"], ("if byte == 'c' and not told[at] then", "if byte ~= 'w' then"))
+
+
+def missing_stock_is_zero() -> None:
+    """No stock key is no stock."""
+    lua(
+        [name for name in Script.registry if "--@ part item" in _source(name)],
+        ("tonumber(redis.call('HGET', STOCK, sku) or nil)", "tonumber(redis.call('HGET', STOCK, sku) or 0)"),
+    )
+
+
+def new_key_each_retry() -> None:
+    """A payment call that failed is repeated under another idempotency key."""
+    real = GuardedPayment.create
+
+    async def renamed(self: GuardedPayment, wanted: LinkWanted) -> Any:
+        answer = await real(self, wanted)
+        if isinstance(answer, Done):
+            return answer
+        return await real(self, dataclasses.replace(wanted, attempt_id=f"{wanted.attempt_id}X"))
+
+    GuardedPayment.create = renamed  # type: ignore[method-assign]
+
+
+def nothing() -> None:
+    """The bug is in a store's configuration (see the scenario)."""
+
+
+PLANTS: dict[str, Callable[[], None]] = {
+    "client_retries": client_retries,
+    "no_dedupe": no_dedupe,
+    "ack_before_commit": ack_before_commit,
+    "release_before_commit": release_before_commit,
+    "maxlen": maxlen,
+    "expiry_without_guard": expiry_without_guard,
+    "failover_while_unknown": failover_while_unknown,
+    "acknowledged_before_commit": acknowledged_before_commit,
+    "no_epoch_check": no_epoch_check,
+    "old_release_applied": old_release_applied,
+    "violation_is_poison": violation_is_poison,
+    "stale_status": stale_status,
+    "missing_stock_is_zero": missing_stock_is_zero,
+    "new_key_each_retry": new_key_each_retry,
+    "everysec": nothing,
+}

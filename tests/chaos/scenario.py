@@ -1,0 +1,272 @@
+"""One short sale with faults, from start to verdict: the same seed gives the same people and the same plan of faults.
+
+    play(plan, zygote, stores, seed, planted=True) -> Outcome
+
+starts a Valkey of its own and a database of its own, the processes (with the plan's bug, if planted), lets a crowd in,
+does what the plan says, heals, closes, waits until all is at rest, ends the history from the stores and judges it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+
+from app.crowd import Buyer, Crowd
+from app.demo import Desk
+from app.embedded import Valkey, find_valkey
+from app.errors import FairdropError
+from app.history.final import finish
+from app.history.judge import Verdict, judge
+from app.record import Line, Recorder, Run, read
+from tests.chaos.proxy import Proxy
+from tests.chaos.system import System, Zygote
+from tests.conftest import Stores
+from tests.story.people import instant
+
+SKU = "A"
+OPENS_IN_S = 1.2
+FREEZE_S = 0
+PEOPLE_WITHIN_S = 15.0  # after the close, for everybody's last answer
+REST_WITHIN_S = 15.0
+
+
+@dataclass
+class Stage:
+    """What a plan's fault can reach."""
+
+    system: System
+    valkey: Valkey
+    record: Recorder
+    sale: str
+    desk: Desk
+    crowd: Crowd
+    database_url: str
+    dice: random.Random
+    opens_s: float
+    proxy: Proxy | None = None
+
+    async def sql(self, statement: str, *args: object) -> list[Any]:
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            return list(await connection.fetch(statement, *args))
+        finally:
+            await connection.close()
+
+    async def until(self, reached: Callable[[], Awaitable[object]], within_s: float = 15.0) -> None:
+        """Wait for something in the sale. AssertionError: it never came."""
+        deadline = time.monotonic() + within_s
+        while not await reached():
+            assert time.monotonic() < deadline, "the fault's moment never came"
+            await asyncio.sleep(0.02)
+
+    async def told(self, state: str, count: int = 1) -> None:
+        async def enough() -> bool:
+            return sum(state in buyer.states for buyer in self.crowd.people) >= count
+
+        await self.until(enough)
+
+    async def after_opening(self, seconds: float) -> None:
+        await asyncio.sleep(
+            max(0.0, self.opens_s + seconds - self.crowd.now_s())
+        )  # not a wait: the sale's clock
+
+    def fault(self, note: str) -> None:
+        self.record.mark("fault", note)
+
+
+async def no_fault(_: Stage) -> None:
+    """Only what the crash points and the crowd do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sale, its crowd, and what goes wrong."""
+
+    name: str
+    caught_by: frozenset[str] = frozenset()  # checks of which one must find the planted bug
+    plants: tuple[str, ...] = ()
+    buyers: Callable[[random.Random], list[Buyer]] = lambda dice: people(dice, 14)
+    units: int = 4
+    pay_within_s: int = 2
+    standby: bool = True
+    rate_per_s: float | None = None
+    open_for_s: float = 4.0
+    points: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    control: Mapping[str, Any] = field(default_factory=dict)
+    fault: Callable[[Stage], Awaitable[None]] = no_fault
+    proxied: bool = False  # the front reaches Redis through a proxy
+    workers: int = 1
+    valkey: Mapping[str, str] = field(default_factory=dict)  # settings of the planted run only
+    heals: bool = (
+        True  # False: no repair exists for this fault, so only `caught_by` must stay silent without the bug
+    )
+
+
+@dataclass
+class Outcome:
+    verdict: Verdict
+    lines: list[Line]
+    seconds: float
+    deaths: list[str]
+    surprises: list[BaseException]
+    rested: bool
+
+
+def people(
+    dice: random.Random, count: int, *, pays: float = 0.7, early: float = 0.4, taps: float = 0.2, think_s: float = 0.2,
+    over_s: float = 1.5,
+) -> list[Buyer]:  # fmt: skip
+    """Some come early, the others within `over_s` of the opening; some tap ten times; some do not pay."""
+    return [
+        Buyer(
+            buyer_id=f"b{number:03d}",
+            arrives_s=-dice.random() if dice.random() < early else dice.random() * over_s,
+            think_s=think_s * (0.5 + dice.random()),
+            taps=6 if dice.random() < taps else 1,
+            pays=dice.random() < pays,
+            leaves="won" if dice.random() < 0.05 else "",
+        )
+        for number in range(count)
+    ]
+
+
+def document(plan: Plan, sale: str, opens_s: float) -> dict[str, Any]:
+    return {
+        "id": sale,
+        "title": "Chaos",
+        "line_opens_at": instant(opens_s - OPENS_IN_S - 0.1),
+        "opens_at": instant(opens_s),
+        "closes_at": instant(opens_s + 3_600),
+        "draw_freeze_s": FREEZE_S,
+        "pay_within_s": plan.pay_within_s,
+        "limit_per_buyer": 1,
+        "rate_per_s": plan.rate_per_s,
+        "standby": plan.standby,
+        "channels": ["sandbox"],
+        "default_channel": "sandbox",
+        "items": [{"sku": SKU, "title": "Thing", "price_minor": 500, "currency": "CNY", "units": plan.units}],
+    }
+
+
+async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted: bool) -> Outcome:
+    """folder: the stores' own, for pytest takes the rights of other accounts off its temporary directories."""
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix=f"{plan.name}-", dir=stores.home))
+    folder.chmod(0o711)
+    dice = random.Random(f"{plan.name}:{seed}")
+    database_url = stores.new_database()
+    valkey = Valkey(
+        folder / "valkey",
+        secrets.token_urlsafe(12),
+        server=find_valkey(),
+        settings=plan.valkey if planted else {},
+    )
+    valkey.start()
+    record = Recorder(folder / "history.jsonl")
+    sale = f"chaos-{secrets.token_hex(3)}"
+    record.add(Run(at=record.clock(), by="chaos", sale=sale, seed=seed))
+    proxy = Proxy(valkey.url, record) if plan.proxied else None
+    if proxy is not None:
+        await proxy.start()
+    system = System(
+        zygote,
+        folder,
+        redis_url=valkey.url,
+        database_url=database_url,
+        plants=plan.plants if planted else (),
+        environment=plan.environment,
+        workers=plan.workers,
+    )
+    if proxy is not None:
+        system.roles["front"].environment["FAIRDROP_REDIS_URL"] = proxy.url
+    surprises: list[BaseException] = []
+    desk = Desk(system.url("office"), system.operator_key)
+    sandbox = Desk(system.url("sandbox"), "")
+    crowd = Crowd(plan.buyers(dice), front=system.url("front"), sale=sale, sku=SKU, seed=seed, record=record)
+    alive: asyncio.Task[None] | None = None
+    try:
+        await system.start(plan.points)
+        alive = asyncio.create_task(system.keep_alive())
+        await sandbox.post("/control", {**plan.control, "seed": seed})
+        await crowd.set_clock()
+        opens_s = crowd.now_s() + OPENS_IN_S
+        await desk.post("/v1/admin/sales", document(plan, sale, opens_s))
+        await desk.post(f"/v1/admin/sales/{sale}/publish")
+        await _known(system, sale)
+        crowd.freeze_before(FREEZE_S + 0.15)
+        record.mark("began")
+        stage = Stage(system, valkey, record, sale, desk, crowd, database_url, dice, opens_s, proxy)
+        going = [asyncio.create_task(crowd._live(buyer, opens_s, OPENS_IN_S * 0.4)) for buyer in crowd.people]
+        try:
+            await asyncio.gather(plan.fault(stage), stage.after_opening(plan.open_for_s))
+            record.mark("healed")
+            await _close(desk, sale)
+            await asyncio.wait(going, timeout=3.0 if planted else PEOPLE_WITHIN_S)
+        finally:
+            for task in going:
+                task.cancel()
+            ended = await asyncio.gather(*going, return_exceptions=True)
+        surprises = [
+            one
+            for one in ended
+            if isinstance(one, BaseException) and not isinstance(one, asyncio.CancelledError)
+        ]
+        rested = await finish(
+            record,
+            sale,
+            redis_url=valkey.url,
+            database_url=database_url,
+            supplier=system.ledger,
+            within_s=REST_WITHIN_S if not planted else 3.0,
+        )
+    finally:
+        if alive is not None:
+            alive.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await alive
+        crowd.close()
+        await desk.close()
+        await sandbox.close()
+        system.close()
+        if proxy is not None:
+            await proxy.close()
+        valkey.kill()
+        record.close()
+        stores.drop_database(database_url)
+    lines = read(folder / "history.jsonl")
+    return Outcome(judge(lines), lines, time.monotonic() - began, system.deaths, surprises, rested)
+
+
+async def _known(system: System, sale: str) -> None:
+    """The front has seen the new sale."""
+    async with httpx.AsyncClient(base_url=system.url("front"), trust_env=False) as anyone:
+        deadline = time.monotonic() + REST_WITHIN_S
+        while (await anyone.get(f"/v1/sales/{sale}")).status_code != 200:
+            assert time.monotonic() < deadline, "the front never saw the sale"
+            await asyncio.sleep(0.02)
+
+
+async def _close(desk: Desk, sale: str) -> None:
+    """Close the sale; the office may just be coming up again."""
+    for _ in range(50):
+        try:
+            await desk.post(f"/v1/admin/sales/{sale}/close")
+            return
+        except (FairdropError, OSError, httpx.HTTPError) as error:
+            if "409" in str(error):
+                return
+            last: Exception = error
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"the sale cannot be closed: {last}")
