@@ -161,7 +161,7 @@ def acknowledged_before_commit() -> None:
 
 
 async def _later(work: Any) -> None:
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # not a wait of a test: the bug itself
     await work
 
 

@@ -77,9 +77,8 @@ class Stage:
         await self.until(enough)
 
     async def after_opening(self, seconds: float) -> None:
-        await asyncio.sleep(
-            max(0.0, self.opens_s + seconds - self.crowd.now_s())
-        )  # not a wait: the sale's clock
+        while (left := self.opens_s + seconds - self.crowd.now_s()) > 0:
+            await asyncio.sleep(left)
 
     def fault(self, note: str) -> None:
         self.record.mark("fault", note)
