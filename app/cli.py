@@ -229,6 +229,79 @@ def rotate_keys(
     raise typer.Exit(1 if done.cannot_open else 0)
 
 
+@app.command("reconcile-bill")
+def reconcile_bill(
+    day: Annotated[str, typer.Argument(metavar="DATE", help="UTC day, for example 2026-11-11.")],
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="Only this supplier; may be repeated.")
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Read the payment suppliers' bills of a day now and compare them with our captures and refunds, both ways.
+
+    It talks to the suppliers and to Postgres with the settings of a worker; the worker does the same by itself every
+    day. It may be run again at any time. Exit status 1: something differs, or a bill could not be read.
+    """
+    import asyncio
+    import json
+    from datetime import UTC, date, datetime
+
+    from app import bills
+    from app.ledger.engine import create_engine
+    from app.providers.registry import open_providers
+
+    try:
+        wanted = date.fromisoformat(day)
+    except ValueError:
+        raise typer.BadParameter("a day is written like 2026-11-11") from None
+    if wanted > datetime.now(UTC).date():
+        raise typer.BadParameter("this day has not begun")
+    settings = _settings(data_dir=data_dir)
+    if not settings.database_url:
+        from app.supervisor import made_secrets, read_urls
+
+        urls = read_urls(settings.data_dir)
+        found: dict[str, Any] = {"database_url": str(urls["database"]), "sandbox_url": str(urls["sandbox"])}
+        if (file := made_secrets(settings.data_dir).get("sandbox_secret")) is not None:
+            found["sandbox_secret"] = file.read_text(encoding="ascii").strip()
+        settings = _settings(data_dir=data_dir, env="development", **found)
+
+    _logging(settings, "reconcile-bill")
+
+    async def run() -> list[dict[str, Any]]:
+        providers = open_providers(settings)
+        engine = create_engine(settings, name="reconcile-bill")
+        try:
+            names = provider or list(providers.payment)
+            for name in names:
+                if name not in providers.payment:
+                    raise CannotStart(
+                        f"there is no payment supplier {name!r} in use; there are: {', '.join(providers.payment)}"
+                    )
+            return await bills.read_now(engine, providers, settings, wanted, names)
+        finally:
+            await engine.dispose()
+            await providers.aclose()
+
+    reports = asyncio.run(run())
+    if as_json:
+        print(json.dumps({"day": day, "bills": reports}, default=str, ensure_ascii=False, indent=2))
+    for row in () if as_json else reports:
+        said = (
+            f"{row['lines']} lines"
+            if row["state"] == "read"
+            else f"not read: {row['code'] or 'a worker has it'}"
+        )
+        print(f"{row['provider']} {day}: {said}, {len(row['differences'])} differences")
+        for one in row["differences"]:
+            amounts = f"ours {one['ours_minor']}, theirs {one['theirs_minor']} {one['currency']} minor"
+            print(
+                f"  {one['what']} {one['kind']}: {one['ref']} ({one['our_id']}), order {one['order_no']}: {amounts}"
+            )
+    raise typer.Exit(1 if any(row["differences"] or row["state"] != "read" for row in reports) else 0)
+
+
 @app.command()
 def token(
     buyer: Annotated[str, typer.Argument(help="The shop's own id of the buyer.")],
@@ -282,7 +355,9 @@ def bench(context: typer.Context) -> None:
 
 
 # A command starts faster when those that it is not are left alone.
-OWN_COMMANDS = ("up", "front", "office", "worker", "sandbox", "migrate", "token", "rotate-keys", "bench")
+OWN_COMMANDS = (
+    "up", "front", "office", "worker", "sandbox", "migrate", "token", "rotate-keys", "reconcile-bill", "bench",
+)  # fmt: skip
 
 
 def _register(wanted: str) -> None:

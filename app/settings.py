@@ -276,6 +276,13 @@ class Settings(BaseSettings):
         "", description="file in which the sandbox keeps its books; empty: in memory, gone when it ends"
     )
     provider_deadline_s: float = Field(5.0, description="s; one call to a supplier")
+    bill_deadline_s: float = Field(
+        120.0, gt=0, description="s; reading one daily bill of a payment supplier, its download and all"
+    )
+    bill_after_s: float = Field(
+        9_000.0, ge=0, description="s after a UTC day has ended before its bill is first asked for"
+    )
+    bill_days_back: int = Field(7, ge=1, description="days whose bills are still read when they were missed")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")
     provider_wait_max_s: float = Field(1.0, description="s a call waits for a place before it is refused")
 

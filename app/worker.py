@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from app.alarm import alert
+from app.bills import Biller
 from app.contacts import remove_old
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
@@ -56,6 +57,8 @@ EVENTS_EVERY_S = 0.2  # between two numbering steps: how stale the shop's feed m
 EVENTS_MAX = 2_000
 COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
 SETTLE_EVERY_S = 2.0
+BILLS_EVERY_S = 30.0  # between two looks for a bill to be read
+BILLS_AGAIN_EVERY_S = 3_600.0  # between two comparisons of days that differ
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
 OUTAGES_EVERY_S = 1.0
@@ -319,6 +322,7 @@ class Worker:
         )
         self.extender = Extender(self.engine, self.providers, settings)
         self.advisor = Advisor(self.engine, self.link, self.scripts, self.providers, self.admitter, settings)
+        self.biller = Biller(self.engine, self.providers, settings)
         self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter)
 
     async def _clear(self, order_no: str) -> Any:
@@ -377,6 +381,8 @@ class Worker:
                 loop("events", self.number_events, EVENTS_EVERY_S)
                 loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)
                 loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
+                loop("bills", self.biller.turn, BILLS_EVERY_S)
+                loop("bills-again", self.biller.again, BILLS_AGAIN_EVERY_S)
                 loop("settle", self.reconciler.settle, SETTLE_EVERY_S)
                 loop("contacts", lambda: remove_old(self.engine, s.settled_keep_days), CONTACTS_EVERY_S)
                 for name, work in (

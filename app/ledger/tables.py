@@ -19,6 +19,7 @@ CAPTURE_STATES = ("due", "kept", "refund_due", "refunded")
 REFUND_STATES = ("due", "sent", "unknown", "done", "failed")
 OUTBOX_KINDS = ("mark", "release", "stock_add", "stock_take", "switch")
 OUTBOX_STATES = ("due", "intent", "done", "dropped")  # intent: of the office, no relay takes it
+BILL_STATES = ("due", "read")
 DELIVERY_STATES = ("due", "delivered", "failed")
 SMS_STATES = ("due", "sending", "sent", "failed", "unknown", "dropped")
 
@@ -239,6 +240,7 @@ capture = sa.Table(
     sa.UniqueConstraint("provider", "provider_ref", name="one_capture_a_ref"),
 )
 sa.Index("captures_of_order", capture.c.order_no)
+sa.Index("captures_by_day", capture.c.provider, capture.c.captured_at)
 sa.Index(
     "one_kept_capture_an_order", capture.c.order_no, unique=True, postgresql_where=sa.text("state = 'kept'")
 )
@@ -304,6 +306,58 @@ deadline_extension = sa.Table(
     sa.Column("extended_s", sa.Integer, nullable=False),
     sa.Column("most_s", sa.Integer, nullable=False),  # of all extensions of an order, as it was set then
     sa.CheckConstraint("extended_s > 0", name="extension_never_shortens"),
+)
+
+bill = sa.Table(
+    "bill",
+    metadata,
+    # A supplier's bill of one UTC day.
+    sa.Column("provider", sa.Text, primary_key=True),
+    sa.Column("day", sa.Date, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False, server_default="due"),  # due | read
+    sa.Column("lines", sa.Integer),  # captures and refunds on it
+    sa.Column("read_at", At),
+    sa.Column("code", sa.Text),  # why it could not be read
+    sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("next_at", At, nullable=False, server_default=NOW),
+    sa.Column("leased_until", At),
+    sa.Column("generation", sa.BigInteger, nullable=False, server_default="0"),
+    _one_of("state", BILL_STATES, "bill_state_known"),
+)
+
+bill_line = sa.Table(
+    "bill_line",
+    metadata,
+    sa.Column("provider", sa.Text, primary_key=True),
+    sa.Column("day", sa.Date, primary_key=True),
+    sa.Column("n", sa.Integer, primary_key=True),
+    sa.Column("what", sa.Text, nullable=False),  # capture | refund
+    sa.Column("provider_ref", sa.Text, nullable=False),
+    sa.Column("our_id", sa.Text, nullable=False),  # of the attempt or the refund, as the supplier has it
+    sa.Column("order_no", sa.Text, nullable=False),
+    sa.Column("amount_minor", sa.BigInteger, nullable=False),
+    sa.Column("currency", sa.Text, nullable=False),
+    sa.Column("at", At, nullable=False),
+)
+sa.Index("bill_lines_by_ref", bill_line.c.provider, bill_line.c.provider_ref)
+sa.Index("bill_lines_by_our_id", bill_line.c.provider, bill_line.c.our_id)
+
+bill_difference = sa.Table(
+    "bill_difference",
+    metadata,
+    sa.Column("provider", sa.Text, primary_key=True),
+    sa.Column("day", sa.Date, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),  # missing_here | missing_there | other_amount
+    sa.Column("what", sa.Text, primary_key=True),  # capture | refund
+    sa.Column("ref", sa.Text, primary_key=True),  # the supplier's
+    sa.Column("our_id", sa.Text, primary_key=True),
+    sa.Column("order_no", sa.Text, nullable=False),
+    sa.Column("ours_minor", sa.BigInteger),
+    sa.Column("theirs_minor", sa.BigInteger),
+    sa.Column("currency", sa.Text, nullable=False),
+    sa.Column("at", At, nullable=False),
+    sa.Column("found_at", At, nullable=False, server_default=NOW),
+    sa.Column("cleared_at", At),
 )
 
 outbox = sa.Table(

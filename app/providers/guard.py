@@ -30,6 +30,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from app.breaker import Breaker, Event, Result, Rules, State, Stop, monotonic_ms
+from app.providers import wire
 from app.providers.answer import BREAKER_OPEN, NO_PLACE, Answer, Done, MaybeDone, NotDone
 from app.providers.payment import (
     AttemptRef,
@@ -300,9 +301,11 @@ class Guard:
 class GuardedPayment:
     """A payment supplier behind its guard. Hook reading is pure and not guarded."""
 
-    def __init__(self, adapter: PaymentProvider, guard: Guard) -> None:
+    def __init__(self, adapter: PaymentProvider, guard: Guard, bills: Guard | None = None) -> None:
+        """bills: the guard of the daily bill, which is slow and no measure of payments; default: the same."""
         self.adapter = adapter
         self.guard = guard
+        self.bills = bills or guard
 
     @property
     def name(self) -> str:
@@ -326,7 +329,14 @@ class GuardedPayment:
         )
 
     async def bill(self, day: date) -> Answer[Sequence[BillLine]]:
-        return await self.guard.call("bill", lambda: self.adapter.bill(day))
+        async def patiently() -> Answer[Sequence[BillLine]]:
+            patience = wire.PATIENCE_S.set(self.bills.rules.deadline_s)
+            try:
+                return await self.adapter.bill(day)
+            finally:
+                wire.PATIENCE_S.reset(patience)
+
+        return await self.bills.call("bill", patiently)
 
     async def prepare_hook(self, headers: Mapping[str, str]) -> None:
         """Await this before `read_hook`: learns the supplier's new key if the call-back names one, at most one in a

@@ -71,6 +71,19 @@ def guard_rules(settings: Settings) -> GuardRules:
     )
 
 
+def bill_rules(settings: Settings) -> GuardRules:
+    """Of reading daily bills: one at a time, slow by nature; that it fails says nothing about payments."""
+    deadline_s = settings.bill_deadline_s
+    return GuardRules(
+        deadline_s=deadline_s,
+        places_max=1,
+        wait_max_s=deadline_s,
+        breaker=Rules(
+            slow_ms=int(deadline_s * 1000), slow_rate=100.0, lease_ms=int(deadline_s * 1000) * 2 + 1_000
+        ),
+    )
+
+
 PAYMENT = ("sandbox", "sandbox-2", "stripe", "alipay", "wechat-pay")
 SMS = ("sandbox", "sandbox-2", "aliyun-sms", "tencent-sms", "twilio")
 
@@ -84,7 +97,10 @@ def open_providers(settings: Settings) -> Providers:
     providers = Providers()
     for word in _words(settings.payment_provider, settings.payment_also):
         payment = _payment(word, settings)
-        providers.payment[payment.name] = GuardedPayment(payment, Guard(payment.name, "payment", rules))
+        bills = Guard(f"{payment.name}-bill", "payment", bill_rules(settings))
+        providers.payment[payment.name] = GuardedPayment(
+            payment, Guard(payment.name, "payment", rules), bills
+        )
     for word in _words(settings.sms_provider, settings.sms_also):
         sms = _sms(word, settings)
         providers.sms[sms.name] = GuardedSms(sms, Guard(sms.name, "sms", rules))

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import logging
 import ssl
+from contextvars import ContextVar
 from functools import cache
 
 import httpx
@@ -35,6 +36,15 @@ def _trust() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
+# A bill is slow to come, and its supplier is not ill for it: the guard around it says how long it may take.
+PATIENCE_S: ContextVar[float | None] = ContextVar("patience_s", default=None)
+
+
+async def _be_patient(request: httpx.Request) -> None:
+    if (patience_s := PATIENCE_S.get()) is not None:
+        request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": patience_s}
+
+
 def client(base_url: str, *, deadline_s: float, connections_max: int) -> httpx.AsyncClient:
     """A client that follows no redirect (a payment call has none), never retries, reads no proxy from the shell."""
     return httpx.AsyncClient(
@@ -44,6 +54,7 @@ def client(base_url: str, *, deadline_s: float, connections_max: int) -> httpx.A
         limits=httpx.Limits(max_connections=connections_max, max_keepalive_connections=connections_max),
         follow_redirects=False,
         trust_env=False,
+        event_hooks={"request": [_be_patient]},
     )
 
 

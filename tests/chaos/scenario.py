@@ -77,7 +77,7 @@ class Stage:
         await self.until(enough)
 
     async def after_opening(self, seconds: float) -> None:
-        while (left := self.opens_s + seconds - self.crowd.now_s()) > 0:
+        while (left := self.opens_s + seconds - self.crowd.now_s()) > 0:  # noqa: ASYNC110 - the sale's clock has no event
             await asyncio.sleep(left)
 
     def fault(self, note: str) -> None:

@@ -40,12 +40,18 @@ def fate_of(n: int) -> Fate:
 
 @dataclass(frozen=True)
 class Hook:
-    """One copy of one call-back. believed: signed by the supplier, in time, and about what we asked for."""
+    """One copy of one call-back; it is signed when it is sent."""
 
-    headers: dict[str, str]
     body: bytes
     expected: int  # the status that is due
     word: str
+    secret: bytes
+    late_s: float = 0.0
+    torn: bool = False  # changed after it was signed
+
+    def sent(self) -> tuple[dict[str, str], bytes]:
+        headers = sandbox_wire.headers(self.secret, "POST", "/hook", self.body, time.time() - self.late_s)
+        return headers, self.body.replace(b"evt-", b"evt_") if self.torn else self.body
 
 
 @dataclass
@@ -54,6 +60,7 @@ class Seen:
     seconds: float = 0.0
     cpu_s: float = 0.0
     hooks: int = 0
+    again: int = 0
 
     @property
     def ms_each(self) -> float:
@@ -119,30 +126,24 @@ def hooks_of(n: int, copies: int, dice: random.Random, secret: str) -> list[Hook
             }
     good, foreign = sandbox_wire.secrets_of(secret)[0], b"somebody-else"
 
-    def hook(
-        word: str, expected: int, body: dict[str, Any], secret: bytes = good, at_s: float | None = None
-    ) -> Hook:
-        raw = msgspec.json.encode(body)
-        return Hook(sandbox_wire.headers(secret, "POST", "/hook", raw, at_s), raw, expected, word)
+    def hook(word: str, expected: int, body: dict[str, Any], secret: bytes = good, **how: Any) -> Hook:
+        return Hook(msgspec.json.encode(body), expected, word, secret, **how)
 
     made = [hook("true", 200, event) for _ in range(copies)]
     if fate == "paid" and n % 4 == 0:
-        made.append(
-            hook("true", 200, event | {"id": f"evt-{number}-again"})
-        )  # told anew: another event, the same money
+        # Told anew: another event, the same money.
+        made.append(hook("true", 200, event | {"id": f"evt-{number}-again"}))
     raised = event | {"payment": payment | {"amount_minor": PRICE * 100}}
-    torn = hook("torn", 401, event)
     made += [
         hook("forged", 401, event, foreign),
-        hook("late", 401, event, at_s=time.time() - OLD_S),
+        hook("late", 401, event, late_s=OLD_S),
         hook("raised", 401, raised, foreign),
-        Hook(torn.headers, torn.body.replace(b"evt-", b"evt_"), 401, "torn"),
+        hook("torn", 401, event, torn=True),
         hook("other merchant", 401, event | {"merchant": "another"}),
     ]
     if fate == "paid":
-        made.append(
-            hook("mismatch", 422, raised | {"id": f"evt-{number}-raised"})
-        )  # rightly signed, not what we asked
+        # Rightly signed, and not what we asked for.
+        made.append(hook("mismatch", 422, raised | {"id": f"evt-{number}-raised"}))
     dice.shuffle(made)
     return made
 
@@ -152,7 +153,8 @@ async def send(office: Office, hooks: list[Hook], *, at_once: int = 16) -> Seen:
     seen, waiting = Seen(hooks=len(hooks)), iter(hooks)
 
     async def one(hook: Hook) -> None:
-        status = await call(office, hook)
+        while (status := await call(office, hook)) == 503:  # not committed: the supplier sends it again
+            seen.again += 1
         seen.statuses[hook.word, status] += 1
 
     async def sender() -> None:
@@ -168,21 +170,22 @@ async def send(office: Office, hooks: list[Hook], *, at_once: int = 16) -> Seen:
 async def call(office: Office, hook: Hook) -> int:
     status = 0
     sent = False
+    signed, raw = hook.sent()
 
     async def receive() -> dict[str, Any]:
         nonlocal sent
         if sent:
             return {"type": "http.disconnect"}
         sent = True
-        return {"type": "http.request", "body": hook.body, "more_body": False}
+        return {"type": "http.request", "body": raw, "more_body": False}
 
     async def answer(message: Any) -> None:
         nonlocal status
         if message["type"] == "http.response.start":
             status = message["status"]
 
-    headers = [(name.encode(), value.encode()) for name, value in hook.headers.items()]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(hook.body)).encode())]
+    headers = [(name.encode(), value.encode()) for name, value in signed.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": "/v1/hooks/sandbox", "raw_path": b"/v1/hooks/sandbox", "query_string": b"", "root_path": "",

@@ -35,7 +35,7 @@ async def test_each_call_back_has_one_effect_whatever_comes_with_it(office: Offi
     seen = await hook_storm.send(office, hooks)
     sys.stdout.write(
         f"{seen.hooks} call-backs about {COUNT} orders in {seen.seconds:.1f} s:"
-        f" {seen.ms_each:.2f} ms and {seen.cpu_ms_each:.2f} ms of CPU each\n"
+        f" {seen.ms_each:.2f} ms and {seen.cpu_ms_each:.2f} ms of CPU each, {seen.again} sent again after a 503\n"
     )
     due = {hook.word: hook.expected for hook in hooks}
     assert dict(seen.statuses.keys()) == due, seen.statuses

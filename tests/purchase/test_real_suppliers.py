@@ -30,6 +30,7 @@ class Case:
     settings: dict[str, Any]
     pay: Callable[[str, str], Signed]  # attempt id and link → the call-back of the payment
     refunded: Callable[[], int]
+    api: Any = None
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def stripe() -> Iterator[Case]:
         values = {"stripe_key": api.key, "stripe_hook_secrets": api.hook_secret, "stripe_url": url}
         values["stripe_return_url"] = "https://shop.example/done"
         yield Case(
-            "stripe", "stripe", values, buy, lambda: sum(one["amount"] for one in api.refunds.values())
+            "stripe", "stripe", values, buy, lambda: sum(one["amount"] for one in api.refunds.values()), api
         )
 
 
@@ -51,6 +52,7 @@ def stripe() -> Iterator[Case]:
 def alipay() -> Iterator[Case]:
     api = AlipayGateway()
     with loopback.serve(api.app()) as url:
+        api.url = url
 
         def buy(attempt_id: str, link: str) -> Signed:
             return api.signed(api.note(api.pay(api.open_link(link))))
@@ -62,7 +64,7 @@ def alipay() -> Iterator[Case]:
             "alipay_public_key": loopback.public_pem(api.key),
             "alipay_url": f"{url}/gateway.do",
         }
-        yield Case("alipay", "alipay-wap", values, buy, lambda: sum(api.refunds.values()))
+        yield Case("alipay", "alipay-wap", values, buy, lambda: sum(api.refunds.values()), api)
 
 
 @contextlib.contextmanager
@@ -82,7 +84,7 @@ def wechat() -> Iterator[Case]:
             "wechat_pay_url": api.url,
         }
         back = lambda: sum(one["amount"]["refund"] for one in api.refunds.values())  # noqa: E731
-        yield Case("wechat-pay", "wechat-native", values, buy, back)
+        yield Case("wechat-pay", "wechat-native", values, buy, back, api)
 
 
 CASES = {"stripe": stripe, "alipay": alipay, "wechat-pay": wechat}
