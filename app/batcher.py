@@ -47,6 +47,11 @@ class Batcher(Generic[T, R]):
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def first(self) -> T | None:
+        """The item that has been queued for longest; None: nobody waits."""
+        return self._queue[0][0] if self._queue else None
+
     def submit(self, item: T) -> asyncio.Future[R]:
         """Queue one item. Raises Full at the maximum. Everything submitted in one turn of the loop goes together."""
         if len(self._queue) >= self.queue_max:

@@ -55,6 +55,15 @@ def listen(
     return wire
 
 
+def drop_who_does_not_read(wire: socket.socket, within_s: float) -> None:
+    """Let the kernel end connections whose other side has taken nothing for so long; they inherit it from `wire`.
+
+    A client that stops reading would hold its answer in our memory for as long as it likes.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT") and wire.family in (socket.AF_INET, socket.AF_INET6):
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(within_s * 1000)))
+
+
 def cannot_listen(host: str, port: int, error: OSError, *, what: str, option: str) -> CannotStart:
     instead = f"; choose another with {option}" if option else ""
     if error.errno == errno.EADDRINUSE:
@@ -164,6 +173,8 @@ class _Uvicorn(uvicorn.Server):
 async def serve_uvicorn(
     app: Application, settings: Settings, wires: list[socket.socket], drain_s: float
 ) -> None:
+    for wire in wires:
+        drop_who_does_not_read(wire, settings.read_within_s)
     config = uvicorn.Config(
         app,
         http=http_protocol(settings, app if isinstance(app, Express) else None),

@@ -143,6 +143,27 @@ class Settings(BaseSettings):
     head_within_s: float = Field(
         10.0, gt=0, description="s a client may take to send request line and headers"
     )
+    body_within_s: float = Field(
+        10.0, gt=0, description="s a client may take to send a request's body; then it is disconnected"
+    )
+    read_within_s: float = Field(
+        30.0,
+        gt=0,
+        description="s an answer may wait for a client that does not read; then it is disconnected (Linux, uvicorn)",
+    )
+    connections_max: int = Field(
+        20_000,
+        ge=1,
+        description="connections of one process; beyond: 503 and closed. Fewer where the limit of open files is lower",
+    )
+    overload_turn_ms: float = Field(
+        20.0, gt=0, description="ms; when the event loop takes longer to come round, joins and polls queue up"
+    )
+    overload_wait_max_ms: float = Field(
+        100.0,
+        ge=0,
+        description="ms the first of them may have waited before newcomers get 503 at once; 0: nobody is turned away",
+    )
     close_within_s: float = Field(5.0, ge=0, description="s that requests under way get when a process stops")
 
     # the front door's limits
@@ -153,6 +174,9 @@ class Settings(BaseSettings):
     )
     batch_queue_max: int = Field(
         20_000, description="buyers queued in one front-door process before 503 busy"
+    )
+    join_wait_max_ms: float = Field(
+        250.0, gt=0, description="ms a buyer may have waited for Redis before newcomers get 503 busy"
     )
     join_deadline_s: float = Field(5.0, description="s a join may take before 503 busy")
     orders_backlog_max: int = Field(

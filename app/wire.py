@@ -1,4 +1,4 @@
-"""HTTP/1.1 as our processes speak it on uvicorn: limits of a request's head, and an express lane for hot requests.
+"""HTTP/1.1 as our processes speak it on uvicorn: limits of a client, and an express lane for hot requests.
 
 A hot request is one that the application answers from its head and a small body alone. It takes no part of ASGI: no
 scope, no task, no event, no two messages to send; its answer is one write. uvicorn's own parser and framing stay
@@ -10,11 +10,15 @@ answered, a client that does not read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.overload import Gate
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
@@ -35,7 +39,26 @@ class Express(Protocol):
     ) -> None:
         """Call `reply` with the response, now or later, whatever happens. date: header lines that it must hold."""
 
+    def may_wait(self, data: bytes) -> bool:
+        """Whether what begins like this is a request that may be turned away (503) where too many come."""
 
+    def turned_away(self, head: bytes, date: bytes) -> bytes:
+        """That response. head: of the request, in lower case."""
+
+
+TURN_EVERY_S = 0.01  # s between two looks at how long the event loop takes to come round
+LINGER_S = 0.5  # s a refused client gets to read why
+FILES_KEPT = 128  # of the process' files, for stores, logs and listeners: not for connections
+PIPELINE_MAX = 1_000  # requests that one client may send ahead of their answers; more ends the connection
+
+_BUSY = (
+    b'{"type":"urn:fairdrop:problem:busy","title":"Busy","status":503,"code":"busy",'
+    b'"detail":"This process has all the connections it takes; repeat the same request.","request_id":"","errors":[]}'
+)
+CROWDED_OUT = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 2\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(_BUSY), _BUSY)
+)
 TOO_LARGE = (
     b'{"type":"urn:fairdrop:problem:head_too_large","title":"Headers too large","status":431,"code":"head_too_large",'
     b'"detail":"Request line and headers are too large.","request_id":"","errors":[]}'
@@ -52,13 +75,61 @@ async def _head_too_large(_scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": TOO_LARGE})
 
 
+def limit_of_connections(wanted: int) -> int:
+    """How many connections this process takes: fewer than wanted where the machine allows it fewer open files."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < wanted + FILES_KEPT:
+        files = wanted + FILES_KEPT if most == resource.RLIM_INFINITY else min(wanted + FILES_KEPT, most)
+        with contextlib.suppress(OSError, ValueError):  # then what is allowed has to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - FILES_KEPT))
+
+
 def http_protocol(settings: Settings, express: Express | None = None) -> type[HttpToolsProtocol]:
-    """uvicorn's HTTP/1.1 with a limit on the size and the time of a request's head; httptools itself has none."""
+    """uvicorn's HTTP/1.1 with limits of its own: httptools has none.
+
+    Size and time of a request's head, time of its body, requests sent ahead, connections; a gate for hot requests when
+    more come than the process can answer (app/overload.py). README lists them.
+    """
     head_max_bytes = settings.head_max_bytes
     head_within_s = settings.head_within_s
     body_max_bytes = settings.body_max_bytes
     keep_alive_s = settings.keep_alive_s
+    body_within_s = settings.body_within_s
+    connections_max = limit_of_connections(settings.connections_max)
+    look_every_s = min(head_within_s, body_within_s, keep_alive_s) / 2
     dates: tuple[Any, bytes] = (None, b"")
+    gate: Gate[tuple[Wire, bytes]] | None = None
+    if express is not None and settings.overload_wait_max_ms > 0:
+        gate = Gate(settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000, time.perf_counter)
+    watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
+
+    def watch(loop: asyncio.AbstractEventLoop) -> None:
+        """Measure the loop's turns for the gate, from the first connection on."""
+        nonlocal watching
+        if gate is None or watching is loop:
+            return
+        watching = loop
+        due = time.perf_counter() + TURN_EVERY_S
+
+        def turned() -> None:
+            nonlocal due
+            now = time.perf_counter()
+            assert gate is not None
+            gate.turned(now - due)
+            due = now + TURN_EVERY_S
+            loop.call_later(TURN_EVERY_S, turned)
+
+        loop.call_later(TURN_EVERY_S, turned)
+
+    def let_in() -> None:
+        """A slice of those who wait at the gate."""
+        assert gate is not None
+        for wire, data in gate.take():
+            wire.let_in(data)
+        if gate:
+            wire.loop.call_soon(let_in)
 
     def date_of(headers: list[tuple[bytes, bytes]]) -> bytes:
         """uvicorn's own headers (the date; a new list every second) as header lines."""
@@ -82,32 +153,70 @@ def http_protocol(settings: Settings, express: Express | None = None) -> type[Ht
         _answering = False
         _last = False
         _idle_since: float | None = None
+        _still = (0, True)  # (heads, in a head) as it has been since then, and since when
+        _still_since = 0.0
+        _running: RequestResponseCycle | None = None  # what ASGI answers now
+        _refused = False  # one connection too many: nothing of it is read
+        _queued = 0  # pieces that wait at the gate
+        _held_back = False  # nothing more is read from this client until its pieces have been let in
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._watch = self.loop.call_later(head_within_s, self._look, -1)
+            self._still_since = self.loop.time()
+            if len(self.connections) > connections_max:
+                self._crowded_out()
+                return
+            self._watch = self.loop.call_later(look_every_s, self._look)
+            if gate is not None:
+                watch(self.loop)
+
+        def _crowded_out(self) -> None:
+            """One connection too many: 503 without reading, then the end.
+
+            Our side is shut first: closing with the request unread would reset the connection, and the 503 with it.
+            """
+            self.connections.discard(self)
+            self._refused = True
+            self.transport.write(CROWDED_OUT)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self._watch = self.loop.call_later(LINGER_S, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._watch is not None:
                 self._watch.cancel()
             super().connection_lost(exc)
+            running = self._running
+            if running is not None and not running.response_complete:
+                # uvicorn tells the newest request only: an event stream with another sent after it would never end
+                running.disconnected = True
+                running.message_event.set()
 
-        def _look(self, heads_before: int) -> None:
-            """Close a connection that has been sending one head since the last look, or has sent none at all.
+        def _look(self) -> None:
+            """Close a connection on which a head or a body has been arriving for too long, or none has ever begun.
 
-            Also one that has been idle since a hot answer; after other answers uvicorn's own timer does that.
+            Also one that has been idle since a hot answer; after other answers uvicorn's own timer does that. One
+            timer for all: it costs a request nothing.
             """
-            unfinished = self._in_head and (self._head_bytes > 0 or self._heads == 0)
-            if unfinished and (heads_before == self._heads or self._heads == 0):
+            now = self.loop.time()
+            still = (self._heads, self._in_head)
+            arriving = not self._in_head or self._head_bytes > 0 or self._heads == 0
+            if still != self._still or not arriving or self._queued or self.flow.read_paused:
+                self._still, self._still_since = still, now
+            elif now - self._still_since >= (head_within_s if self._in_head else body_within_s):
                 self.transport.close()
                 return
             idle_since = self._idle_since
-            if idle_since is not None and self.loop.time() - idle_since >= keep_alive_s:
+            if idle_since is not None and now - idle_since >= keep_alive_s:
                 self.transport.close()
                 return
-            self._watch = self.loop.call_later(min(head_within_s, keep_alive_s), self._look, self._heads)
+            self._watch = self.loop.call_later(look_every_s, self._look)
 
         def data_received(self, data: bytes) -> None:
+            if (gate is None or not (gate.up or self._queued) or not self._waits(data)) and not self._refused:
+                self._read(data)
+
+        def _read(self, data: bytes) -> None:
             if self._in_head:
                 self._head_bytes += len(data)
             super().data_received(data)
@@ -118,6 +227,71 @@ def http_protocol(settings: Settings, express: Express | None = None) -> type[Ht
                     % (len(TOO_LARGE), TOO_LARGE)
                 )
                 self.transport.close()
+
+        # the gate
+
+        def _waits(self, data: bytes) -> bool:
+            """Queue a piece at the gate, or turn a newcomer away; False: it is read at once."""
+            assert gate is not None
+            assert express is not None
+            if self._queued:  # its turn comes after what the same client sent before
+                if not self._held_back:
+                    self._held_back = True
+                    self.transport.pause_reading()
+            else:
+                between = self._in_head and self._head_bytes == 0 and not self._answering
+                if (
+                    not between
+                    or not (self.cycle is None or self.cycle.response_complete)
+                    or self.flow.write_paused
+                    or not express.may_wait(data)
+                ):
+                    return False
+                if gate.full and self._turn_away(data):
+                    return True
+            if not gate:
+                self.loop.call_soon(let_in)
+            gate.put((self, data))
+            self._queued += 1
+            return True
+
+        def _turn_away(self, data: bytes) -> bool:
+            """503 to one whole request, unread; False: it is not one whole request, so it has to be read."""
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                return False
+            head = data[: end + 2].lower()
+            length = 0
+            at = head.find(b"\r\ncontent-length:")
+            if at >= 0:
+                digits = head[at + 17 : head.index(b"\r", at + 2)].strip()
+                if not digits.isdigit() or len(digits) > 9:
+                    return False
+                length = int(digits)
+            if end + 4 + length != len(data) or b"\r\ntransfer-encoding:" in head:
+                return False
+            assert gate is not None
+            assert express is not None
+            gate.turned_away += 1
+            self._heads += 1
+            self.server_state.total_requests += 1
+            self._unset_keepalive_if_required()
+            self._idle_since = self.loop.time()
+            self.transport.write(express.turned_away(head, date_of(self.server_state.default_headers)))
+            if b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head:
+                self.transport.close()
+            return True
+
+        def let_in(self, data: bytes) -> None:
+            """Read a piece whose turn has come."""
+            self._queued -= 1
+            if self.transport.is_closing():
+                return  # the client has gone
+            self._read(data)
+            if self._held_back and not self._queued:
+                self._held_back = False
+                if not self.flow.read_paused and not self.transport.is_closing():
+                    self.transport.resume_reading()
 
         # what the parser calls, in this order
 
@@ -160,6 +334,9 @@ def http_protocol(settings: Settings, express: Express | None = None) -> type[Ht
 
         def _by_asgi(self) -> None:
             """Do what uvicorn does at the begin of a message, now that it is known to be needed."""
+            if len(self.pipeline) >= PIPELINE_MAX:
+                self.transport.abort()
+                return
             url, headers = self.url, self.headers
             super().on_message_begin()
             self.url = url
@@ -212,6 +389,7 @@ def http_protocol(settings: Settings, express: Express | None = None) -> type[Ht
                 self.flow.pause_reading()
                 self.pipeline.appendleft((cycle, app))
             else:
+                self._running = cycle
                 super()._start_asgi_task(cycle, app)
 
         def shutdown(self) -> None:

@@ -69,7 +69,7 @@ class Open:
 async def serving(**settings: Any) -> AsyncIterator[Open]:
     shop = Shop()
     config = uvicorn.Config(
-        shop, http=http_protocol(Settings(**settings), shop), ws="none", interface="asgi3", lifespan="off",
+        shop, http=http_protocol(Settings(overload_wait_max_ms=0, **settings), shop), ws="none", interface="asgi3", lifespan="off",
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)

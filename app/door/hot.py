@@ -8,6 +8,7 @@ any other server by ASGI: the same table, the same answers.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -16,6 +17,7 @@ from typing import Any
 import structlog
 
 from app.errors import FairdropError, Refusal
+from app.overload import retry_after_s
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
 from app.purchase.accept import Answer, Door, Headers, Later, settled
 from app.settings import Settings
@@ -145,6 +147,25 @@ class HotRoutes:
         if b"?" in target or b"%" in target:
             return None
         return self.hot(method.decode("ascii"), target.decode("latin-1"))
+
+    def may_wait(self, data: bytes) -> bool:
+        return data.startswith((b"POST /v1/sales/", b"GET /v1/tickets/"))
+
+    def turned_away(self, head: bytes, date: bytes) -> bytes:
+        """503 `busy` without a look at who asks; its `request_id` is new, and CORS as for any answer."""
+        self.door.counts["refused", "busy"] += 1
+        headers: dict[bytes, bytes] = {}
+        if self._cors and (at := head.find(b"\r\norigin:")) >= 0:
+            headers[b"origin"] = head[at + 9 : head.index(b"\r", at + 2)].strip()
+        refusal = refuse(
+            "busy",
+            "Too many are asking; repeat the same request.",
+            retry_after_s=retry_after_s(random.random()),
+        )
+        request_id = new_request_id()
+        headers[b"x-request-id"] = request_id
+        answer = Answer(503, tuple(headers_of(refusal)), body_of(refusal, request_id))
+        return self._response(answer, headers, date)
 
     def answer(
         self, hot: Hot, headers: Headers, body: bytes, date: bytes, reply: Callable[[bytes], None]

@@ -33,6 +33,7 @@ class Claims(Generic[T]):
         self._scripts = scripts
         self._snapshots = snapshots
         self._told = told
+        self._wait_max_s = settings.join_wait_max_ms / 1000
         self._queues: dict[ItemView, Batcher[Wish, T]] = {}
         self.batches = 0
         self.joined = 0  # buyers in those batches
@@ -45,12 +46,15 @@ class Claims(Generic[T]):
     def join(self, view: SaleView, item: ItemView, wish: Wish) -> asyncio.Future[T]:
         """Ask for a place; the future has what the buyer is told once Redis has accepted it.
 
-        Refusal 503 `busy`: too many wait for Redis in this process. The future's errors: DidNotHappen, Unknown; the
-        same join may simply be repeated.
+        Refusal 503 `busy`: too many, or for too long, wait for Redis in this process. The future's errors:
+        DidNotHappen, Unknown; the same join may simply be repeated.
         """
         queue = self._queues.get(item)
         if queue is None:
             queue = self._queues[item] = self._queue(view, item)
+        first = queue.first
+        if first is not None and wish[1] - first[1] > self._wait_max_s:
+            raise crowded()
         try:
             return queue.submit(wish)
         except Full:

@@ -1,0 +1,314 @@
+"""Clients that are slow, silent, greedy or too many cost the others nothing: raw sockets against a front's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import pytest
+import uvicorn
+
+from app import wire
+from app.overload import LONG_TURNS
+from app.serve import drop_who_does_not_read, listen
+from app.settings import Settings
+from app.wire import http_protocol, limit_of_connections
+
+POST = b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+GET = b"GET /hot HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@dataclass
+class Shop:
+    """/hot is answered by the lane, /big by ASGI with as much as the client will take."""
+
+    answered: int = 0
+    away: int = 0
+    big_sent: int = 0
+    ended: list[str] = field(default_factory=list)
+    busy_s: float = 0.0  # what a hot answer costs
+
+    def finds(self, _method: bytes, target: bytes) -> Any:
+        return target if target == b"/hot" else None
+
+    def may_wait(self, data: bytes) -> bool:
+        return b" /hot " in data[:20]
+
+    def turned_away(self, _head: bytes, date: bytes) -> bytes:
+        self.away += 1
+        return b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n%b\r\n" % date
+
+    def answer(
+        self, _hot: Any, _headers: Any, body: bytes, date: bytes, reply: Callable[[bytes], None]
+    ) -> None:
+        self.answered += 1
+        until = time.perf_counter() + self.busy_s
+        while time.perf_counter() < until:
+            pass
+        reply(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b" % (len(body), date, body))
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        chunk = b"x" * 65_536
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self.big_sent += len(chunk)
+                message = asyncio.create_task(receive())
+                done, _ = await asyncio.wait([message], timeout=0)
+                if done and message.result()["type"] == "http.disconnect":
+                    return
+                message.cancel()
+        finally:
+            self.ended.append(scope["path"])
+
+
+@dataclass
+class Front:
+    port: int
+    shop: Shop
+    server: uvicorn.Server
+
+    @property
+    def connections(self) -> int:
+        return len(self.server.server_state.connections)
+
+
+@asynccontextmanager
+async def serving(**changed: Any) -> AsyncIterator[Front]:
+    settings = Settings(**changed)
+    shop = Shop()
+    config = uvicorn.Config(
+        shop, http=http_protocol(settings, shop), ws="none", interface="asgi3", lifespan="off",
+        log_config=None, access_log=False, timeout_graceful_shutdown=1, backlog=1_024,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    server.capture_signals = nullcontext  # type: ignore[method-assign]
+    listener = listen("127.0.0.1", 0, 1_024, what="test")
+    drop_who_does_not_read(listener, settings.read_within_s)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield Front(listener.getsockname()[1], shop, server)
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def until(true: Callable[[], Any], within_s: float = 15.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def ask(port: int, request: bytes = GET) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    finally:
+        writer.close()
+
+
+@contextmanager
+def clients(port: int, count: int) -> Iterator[list[socket.socket]]:
+    """Connected sockets that do nothing of themselves."""
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            one = socket.socket()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            one.settimeout(10)
+            one.connect(("127.0.0.1", port))
+            opened.append(one)
+        yield opened
+    finally:
+        for one in opened:
+            one.close()
+
+
+async def test_a_body_that_never_ends_is_disconnected() -> None:
+    async with serving(body_within_s=0.4) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(POST + b"abc")
+        before = time.monotonic()
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert 0.3 < time.monotonic() - before < 5
+        writer.close()
+        assert front.shop.answered == 0
+
+
+async def test_a_trickle_does_not_buy_more_time() -> None:
+    async with serving(body_within_s=0.4, head_within_s=0.4) as front:
+        for start, drop in ((POST, b"a"), (b"GET /hot HTTP/1.1\r\n", b"a: b\r\n")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+            writer.write(start)
+            with suppress(ConnectionError):
+                for _ in range(9):
+                    writer.write(drop)
+                    if reader.at_eof():
+                        break
+                    await asyncio.sleep(0.15)
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+            await until(lambda: front.connections == 0, within_s=2)
+        assert front.shop.answered == 0
+
+
+async def test_a_slow_but_honest_client_is_answered() -> None:
+    async with serving(body_within_s=5.0, head_within_s=5.0) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        for part in (POST[:20], POST[20:], b"abcde", b"fghij"):
+            writer.write(part)
+            await asyncio.sleep(0.1)
+        assert (await asyncio.wait_for(reader.readuntil(b"fghij"), 10)).startswith(b"HTTP/1.1 200 OK")
+        writer.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+async def test_a_client_that_does_not_read_is_disconnected_and_its_answer_ends() -> None:
+    async with serving(read_within_s=0.5) as front:
+        with clients(front.port, 1) as (silent,):
+            silent.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: front.shop.big_sent)
+            await until(lambda: front.connections == 0)
+            await until(lambda: front.shop.ended == ["/big"])
+        assert front.shop.big_sent < 20_000_000  # what kernels buffer, and no more
+
+
+async def test_one_connection_too_many_is_told_so_and_the_others_stay() -> None:
+    async with serving(connections_max=20) as front:
+        with clients(front.port, 20) as opened:
+            await until(lambda: front.connections == 20)
+            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+            writer.write(GET)
+            said = await asyncio.wait_for(reader.read(), 10)
+            assert said.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 2\r\nconnection: close\r\n" in said
+            writer.close()
+            assert front.connections == 20
+            opened.pop().close()
+            await until(lambda: front.connections == 19)
+            assert (await ask(front.port)).startswith(b"HTTP/1.1 200 OK")
+            assert front.shop.answered == 1
+
+
+async def test_a_client_that_sends_far_ahead_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PIPELINE_MAX", 50)
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            writer.write(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+            await writer.drain()
+            while True:
+                await asyncio.wait_for(reader.readexactly(65_536), 10)
+        await until(lambda: front.connections == 0)
+        await until(lambda: front.shop.ended)  # the answer under way has been told
+        writer.close()
+
+
+async def test_an_answer_under_way_ends_with_its_client_also_if_more_was_sent_after_it() -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        await asyncio.wait_for(reader.readexactly(65_536), 10)
+        writer.transport.abort()
+        await until(lambda: front.shop.ended == ["/big"])
+
+
+def test_the_limit_of_open_files_limits_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = [(1_024, 4_096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: given[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, pair: given.append(pair))
+    assert limit_of_connections(500) == 500
+    assert limit_of_connections(20_000) == 4_096 - wire.FILES_KEPT
+    assert given == [(1_024, 4_096), (4_096, 4_096)]
+    assert limit_of_connections(2_000) == 2_000
+
+
+@pytest.mark.serial
+async def test_a_hundred_bad_clients_cost_the_others_nothing() -> None:
+    """Slow heads, slow bodies, silent readers: the p99 of a client who behaves, with and without them."""
+
+    async def p99_ms(front: Front) -> float:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        took = []
+        for _ in range(300):
+            before = time.perf_counter()
+            writer.write(GET)
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            took.append(time.perf_counter() - before)
+        writer.close()
+        return sorted(took)[296] * 1_000
+
+    async with serving() as front:
+        alone = await p99_ms(front)
+        process = psutil.Process()
+        memory = process.memory_info().rss
+        with clients(front.port, 150) as opened:
+            for number, one in enumerate(opened):
+                one.sendall((b"GET /ho", POST + b"abc", b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")[number % 3])
+            await until(lambda: front.shop.big_sent >= 50 * 65_536)
+            sent = -1
+            while sent != front.shop.big_sent:  # until the silent readers' buffers are full
+                sent = front.shop.big_sent
+                await asyncio.sleep(0.25)
+            crowded = await p99_ms(front)
+            grown = process.memory_info().rss - memory
+        assert crowded < 3 * alone + 5
+        assert grown < 150 * 500_000
+
+
+async def test_a_crowd_is_told_503_at_once_and_everyone_gets_one_answer() -> None:
+    async with serving(overload_turn_ms=5, overload_wait_max_ms=30) as front:
+        front.shop.busy_s = 0.004
+        readers = [await asyncio.open_connection("127.0.0.1", front.port) for _ in range(60)]
+        statuses: list[bytes] = []
+
+        async def keep_asking(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            for _ in range(6):
+                writer.write(POST + b"abcdefghij")
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+                statuses.append(head[9:12])
+                if head[9:12] == b"200":
+                    assert await reader.readexactly(10) == b"abcdefghij"
+                else:
+                    assert b"retry-after: 1\r\n" in head
+            writer.close()
+
+        async with asyncio.TaskGroup() as group:
+            for reader, writer in readers:
+                group.create_task(keep_asking(reader, writer))
+        assert len(statuses) == 360
+        assert statuses.count(b"200") == front.shop.answered > 60
+        assert statuses.count(b"503") == front.shop.away > 30
+        assert LONG_TURNS > 1
+
+
+async def test_pieces_at_the_gate_keep_their_order_and_vanish_with_their_client() -> None:
+    async with serving(overload_turn_ms=0.001, overload_wait_max_ms=60_000) as front:
+        front.shop.busy_s = 0.002
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        for number in range(40):  # in pieces that split heads and bodies anywhere
+            request = POST + b"%010d" % number
+            cut = number % len(request)
+            writer.write(request[:cut])
+            await asyncio.sleep(0.002)
+            writer.write(request[cut:])
+        for number in range(40):
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            assert int(await reader.readexactly(10)) == number
+        _, gone = await asyncio.open_connection("127.0.0.1", front.port)
+        gone.write(GET * 30)
+        gone.transport.abort()
+        await until(lambda: front.connections == 1)
+        writer.write(GET)
+        assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).startswith(b"HTTP/1.1 200")
+        writer.close()
