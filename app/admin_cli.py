@@ -587,14 +587,33 @@ def providers(
         Literal["auto", "forced_open", "disabled", "metrics_only"] | None,
         typer.Option("--breaker", help="auto: by its own measure; the others override it."),
     ] = None,
+    routes: Annotated[
+        bool, typer.Option("--routes", help="Show who serves which channel, and who else.")
+    ] = False,
+    route: Annotated[
+        str | None, typer.Option("--route", help="A payment channel, or `sms`: set its route, with --to.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Suppliers in order with their weights, `stripe=3,sandbox=1,alipay=0` (0: a backup), or `settings`.",
+        ),
+    ] = None,
     reason: Reason = None,
     idempotency_key: Key = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Suppliers and their breakers; with NAME and --breaker, override one."""
+    """Suppliers and their breakers; with NAME and --breaker, override one; --routes and --route: who serves what."""
     if (name is None) != (breaker is None):
         raise typer.BadParameter("a name and --breaker go together")
+    if (route is None) != (to is None):
+        raise typer.BadParameter("--route and --to go together")
+    if routes or route is not None:
+        _routes(Office(data_dir), route, to, reason, idempotency_key, dry_run, as_json)
+        return
     office = Office(data_dir)
     if name is not None:
         rows = [
@@ -603,6 +622,7 @@ def providers(
                 {"mode": breaker},
                 idempotency_key=idempotency_key,
                 reason=reason,
+                dry_run=dry_run,
             )
         ]
         answer: Any = rows[0]
@@ -620,6 +640,53 @@ def providers(
             bad=[row.get("state") in ("open", "forced_open") for row in rows],
         ),
     )
+
+
+def _routes(
+    office: Office,
+    route: str | None,
+    to: str | None,
+    reason: str | None,
+    idempotency_key: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    path = "/v1/admin/providers/routes"
+    answer: Any
+    if route is None:
+        answer = office.ask("GET", path)
+        rows = answer["data"]
+    else:
+        body: dict[str, Any] = {"kind": "sms" if route == "sms" else "payment", "suppliers": None}
+        if route != "sms":
+            body["channel"] = route
+        if to != "settings":
+            body["suppliers"] = [_share(part) for part in (to or "").split(",")]
+        answer = office.post(path, body, idempotency_key=idempotency_key, reason=reason, dry_run=dry_run)
+        rows = [answer]
+    show(
+        answer,
+        as_json,
+        lambda: table(
+            "",
+            ("route", "suppliers", "set by"),
+            [
+                (
+                    row["channel"] or row["kind"],
+                    ", ".join(f"{one['name']}={one['weight']}" for one in row["suppliers"]),
+                    row["set_by"],
+                )
+                for row in rows
+            ],
+        ),
+    )
+
+
+def _share(text: str) -> dict[str, Any]:
+    name, _, weight = text.strip().partition("=")
+    if not name or not weight.isascii() or not weight.isdigit():
+        raise typer.BadParameter(f"{text!r} is not like stripe=3", param_hint="--to")
+    return {"name": name, "weight": int(weight)}
 
 
 def audit(sale_id: SaleArgument, as_json: Json = False, data_dir: DataDir = None) -> None:

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import problems
-from app.desk import events, hooks, journal, keys, live, orders, pages, probes, providers, sales
+from app.desk import events, hooks, journal, keys, live, orders, pages, probes, providers, routes, sales
 from app.desk.live import Watch
 from app.desk.wiring import Desk
 from app.errors import CannotStart, DidNotHappen, Unknown
@@ -22,6 +22,7 @@ from app.ledger import idempotency, operators
 from app.ledger.engine import create_engine, passes
 from app.problems import refuse
 from app.providers.registry import open_providers
+from app.providers.routes import run as follow_routes
 from app.resources import release
 from app.sale import publish
 from app.scripts import Link, Scripts
@@ -60,9 +61,9 @@ def create_app(settings: Settings) -> FastAPI:
         raise CannotStart(f"FAIRDROP_OPERATOR_KEY needs at least {OPERATOR_KEY_MIN} characters")
     link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-office")
     engine = create_engine(settings, name="fairdrop-office")
-    desk = Desk(settings, engine, link, Scripts(link), ring, seal_keys)
-    watch = Watch(desk)
     suppliers = open_providers(settings)
+    desk = Desk(settings, engine, link, Scripts(link), ring, seal_keys, suppliers.routes)
+    watch = Watch(desk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -73,6 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
         tasks = [
             asyncio.create_task(tender.run(), name="tend"),
             asyncio.create_task(watch.run(), name="watch"),
+            asyncio.create_task(follow_routes(link, suppliers.routes, asyncio.Event()), name="routes"),
         ]
         if hook_server is not None:
             hook_server.start()
@@ -106,8 +108,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.draining = False
     _answer_problems(app)
     for router in (
-        sales.router, orders.router, live.router, providers.router, journal.router, keys.router, events.router,
-        probes.router, pages.router,
+        sales.router, orders.router, live.router, routes.router, providers.router, journal.router, keys.router,
+        events.router, probes.router, pages.router,
     ):  # fmt: skip
         app.include_router(router)
     if not settings.hooks_port:

@@ -95,7 +95,9 @@ CODES: dict[str, Code] = {
     "too_large": Code(413, "Body too large", "Send at most 16 KiB."),
     "not_json": Code(415, "Not JSON", "Send Content-Type: application/json."),
     "invalid": Code(422, "Invalid request", "See `errors`."),
-    "unknown_channel": Code(422, "Unknown channel", "Use one of the sale's channels."),
+    "unknown_channel": Code(
+        422, "Unknown channel", "Use one of the sale's channels, and in a sale those that lead to a supplier."
+    ),
     "return_url": Code(422, "Return address not allowed", "Use one of the sale's return addresses."),
     "slow_down": Code(429, "Slow down", "Repeat after Retry-After seconds."),
     "line_full": Code(429, "Line full", "Repeat after Retry-After seconds; places may become free."),

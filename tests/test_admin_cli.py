@@ -131,6 +131,16 @@ async def test_keys_and_breakers(office: Office) -> None:
     assert (turned.status, turned.json["mode"]) == (0, "forced_open")
     shown = await fairdrop("providers", office=office)
     assert shown.status == 0 and "forced_open" in shown.out
+    tried = await fairdrop(
+        "providers", "--route", "card", "--to", "sandbox=3", "--dry-run", "--json", office=office
+    )
+    assert (tried.status, tried.json["suppliers"]) == (0, [{"name": "sandbox", "weight": 3}]), tried.err
+    routes = await fairdrop("providers", "--routes", office=office)
+    assert routes.status == 0 and "sandbox-sms=1" in routes.out and "card" not in routes.out
+    back = await fairdrop("providers", "--route", "sms", "--to", "settings", "--json", office=office)
+    assert (back.status, back.json["set_by"]) == (0, "settings")
+    for words in (("--route", "card"), ("--route", "card", "--to", "sandbox"), ("--to", "settings")):
+        assert (await fairdrop("providers", *words, office=office)).status == 2
     assert (await fairdrop("providers", "nobody", "--breaker", "auto", office=office)).status == 1
     assert (await fairdrop("providers", "sandbox", office=office)).status == 2
     assert (await fairdrop("providers", "sandbox", "--breaker", "wide", office=office)).status == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from fastapi import APIRouter, Header, Query, Response
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.desk import routes
 from app.desk.auth import Viewer
 from app.desk.change import Answer, Body, Change, OperatorEdits, OperatorPosts, etag_of
 from app.desk.shapes import (
@@ -261,13 +263,14 @@ async def delete(sale: SalePath, edit: OperatorEdits, if_match: IfMatch = None) 
 @router.post(
     ADMIN + "/{sale}/publish",
     response_model=SaleOut,
-    responses={**WRITE, **LATER},
+    responses={**WRITE, **LATER, **refusals("invalid", "unknown_channel")},
     summary="Publish a draft: commit to the draw's seed, go live on every front door",
 )
 async def publish_sale(sale: SalePath, post: OperatorPosts, body: Body | None = None) -> Response:
     desk = post.desk
 
     async def effect(change: Change) -> Answer:
+        await routes.look(desk)
         async with change.step() as conn:
             row = await found(conn, sale, lock=True)
             if row.state != "draft":
@@ -279,11 +282,13 @@ async def publish_sale(sale: SalePath, post: OperatorPosts, body: Body | None = 
                     "The sale would be over.",
                     errors=[{"path": "closes_at", "code": "in_the_past"}],
                 )
+            led = routes.of_channels(desk, row.channels)
             version = await sales.change(
                 conn, sale, {"state": "scheduled", "seed": secrets.token_bytes(32), "published_at": now}
             )
             row = await found(conn, sale)
             answer = shown_sale(row)
+            answer = replace(answer, body={**(answer.body or {}), "routes": led})
             seed_hash = (answer.body or {})["seed_hash"]
             await events.put(
                 conn, "sale.published", sale, version, publish.event_data(row, seed_hash=seed_hash)

@@ -53,6 +53,13 @@ class ItemOut(Out):
     )
 
 
+class Share(Out):
+    """A supplier in a route."""
+
+    name: str
+    weight: int = Field(description="share among those with a weight; 0: a backup, tried in this order")
+
+
 class SaleOut(Out):
     id: str
     title: str
@@ -87,6 +94,9 @@ class SaleOut(Out):
     sold_out_at: When | None
     closed_at: When | None
     settled_at: When | None
+    routes: dict[str, list[Share]] | None = Field(
+        None, description="in the answer of publish: the suppliers of each channel, in order"
+    )
 
 
 def sale_out(sale: Sale, seed_hash: str | None) -> dict[str, Any]:

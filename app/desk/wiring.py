@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app.providers.routes import Routes
 from app.sale.document import House
 from app.sealing import SealingKey
 from app.settings import Settings
@@ -51,6 +52,7 @@ class Desk:
     scripts: Scripts
     ring: Keyring
     seal_keys: list[SealingKey]
+    routes: Routes = field(default_factory=lambda: Routes({}, ()))
     turns: Turns = field(default_factory=Turns)
     draining: bool = False
 

@@ -94,10 +94,15 @@ class Routes:
 
     def route(self, kind: Kind, channel: str | None) -> Route:
         """The route in force: what operators have set, else the settings, else who knows the channel."""
-        field = field_of(kind, channel)
         known = self.suppliers(kind)
-        live = {name: weight for name, weight in self._live.get(field, {}).items() if name in known}
-        return live or self._set.get(field) or self._default(kind, channel)
+        live = self._live.get(field_of(kind, channel), {})
+        return {name: weight for name, weight in live.items() if name in known} or self.without_live(
+            kind, channel
+        )
+
+    def without_live(self, kind: Kind, channel: str | None) -> Route:
+        """The route as it is when operators have set none."""
+        return self._set.get(field_of(kind, channel)) or self._default(kind, channel)
 
     def is_live(self, kind: Kind, channel: str | None) -> bool:
         """Whether operators have set this route."""
