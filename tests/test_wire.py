@@ -68,8 +68,9 @@ class Open:
 @asynccontextmanager
 async def serving(**settings: Any) -> AsyncIterator[Open]:
     shop = Shop()
+    limits = Settings(overload_wait_max_ms=0, **settings)  # clients and server share this loop
     config = uvicorn.Config(
-        shop, http=http_protocol(Settings(overload_wait_max_ms=0, **settings), shop), ws="none", interface="asgi3", lifespan="off",
+        shop, http=http_protocol(limits, shop), ws="none", interface="asgi3", lifespan="off",
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)
