@@ -57,6 +57,10 @@ load: $(MADE_DEV) ## reproduce a peak with Locust, short and headless, with a ve
 bench: $(MADE_DEV) ## measure every goal of the hot path at rest, some ten minutes; ARGS="--quick" to try it
 	@$(BIN)/fairdrop bench $(ARGS)
 
+.PHONY: outage
+outage: $(MADE_DEV) ## let payment suppliers hang, flap, fail and lie in the middle of a sale; joins must not notice
+	@$(BIN)/python -m loadtest.outage $(ARGS)
+
 .PHONY: check
 check: $(MADE_DEV) ## static checks only: ruff, format, mypy --strict, import rules, house rules
 	$(BIN)/ruff check .

@@ -99,6 +99,11 @@ class Office:
         found: dict[str, Any] = self._ask("GET", f"/v1/admin/sales/{sale}/live")
         return found
 
+    def providers(self) -> list[dict[str, Any]]:
+        """Suppliers and their breakers, with the last transitions."""
+        found: list[dict[str, Any]] = self._ask("GET", "/v1/admin/providers")["data"]
+        return found
+
     def audit(self, sale: str) -> dict[str, Any]:
         found: dict[str, Any] = self._ask("GET", f"/v1/admin/sales/{sale}/audit")
         return found

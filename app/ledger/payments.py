@@ -377,6 +377,18 @@ async def succeed(conn: AsyncConnection, attempt_id: str) -> bool:
     return bool(found.rowcount)
 
 
+async def hasten_all(conn: AsyncConnection, provider: str) -> int:
+    """The supplier works again: whatever waited for it longer and longer is due now. Returns how many."""
+    found = await conn.execute(
+        text(
+            "UPDATE payment_attempt SET next_at = now() WHERE provider = :provider"
+            " AND state IN ('wanted', 'created', 'unknown') AND next_at > now()"
+        ),
+        {"provider": provider},
+    )
+    return int(found.rowcount)
+
+
 async def hasten_wanted(conn: AsyncConnection, order_no: str) -> None:
     """The attempt that waited for another is due now."""
     await conn.execute(

@@ -11,7 +11,7 @@ there is no SMS, for the change is to the buyer's good, and outages hit thousand
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from prometheus_client import Counter as Count
@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.alarm import alert
 from app.breaker import State
-from app.ledger import outages
+from app.ledger import outages, payments
 from app.ledger.engine import alone
 from app.providers.registry import Providers
 from app.settings import Settings
@@ -43,11 +43,21 @@ class Extender:
     engine: AsyncEngine
     providers: Providers
     settings: Settings
+    _were_out: set[str] = field(default_factory=set)
+
+    async def _hasten(self, gone: list[str]) -> None:
+        """Links that waited longer and longer for a supplier that works again are not to wait any longer."""
+        for name in self._were_out - set(gone):
+            async with alone(self.engine) as conn:
+                hastened = await payments.hasten_all(conn, name)
+            _log.info("supplier works again", provider=name, hastened=hastened)
+        self._were_out = set(gone)
 
     async def turn(self) -> bool:
         """Note who is out, extend what is due. True: there may be more to extend at once."""
         s = self.settings
         gone = out(self.providers)
+        await self._hasten(gone)
         if gone:
             async with self.engine.begin() as conn:
                 begun = await outages.note(conn, gone, s.pay_outage_gap_s)

@@ -249,6 +249,26 @@ async def test_the_audit_sees_an_extension_that_nobody_granted(stage: Outages) -
     assert await extended() == (False, 2, 0)
 
 
+async def test_links_that_waited_for_a_supplier_are_due_at_once_when_it_works_again(stage: Outages) -> None:
+    """Prevents a recovery that takes as long as the last backoff."""
+    (number,) = await stage.reserve("ann")
+    stage.supplier(works=False)
+    await stage.extender.turn()
+    await stage.shop.sql("UPDATE payment_attempt SET next_at = now() + interval '30 s'")
+
+    async def due() -> bool:
+        (row,) = await stage.shop.sql(
+            "SELECT next_at <= now() AS due FROM payment_attempt WHERE order_no = :n", n=number
+        )
+        return bool(row["due"])
+
+    await stage.extender.turn()
+    assert not await due()
+    stage.supplier(works=True)
+    await stage.extender.turn()
+    assert await due()
+
+
 # Whatever happens in whatever order
 
 STEP = st.one_of(
