@@ -582,7 +582,10 @@ def sms_preview(
 
 
 def providers(
-    name: Annotated[str | None, typer.Argument(help="The supplier whose breaker is overridden.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The supplier whose breaker is overridden, or whose history is shown."),
+    ] = None,
     breaker: Annotated[
         Literal["auto", "forced_open", "disabled", "metrics_only"] | None,
         typer.Option("--breaker", help="auto: by its own measure; the others override it."),
@@ -600,21 +603,31 @@ def providers(
             help="Suppliers in order with their weights, `stripe=3,sandbox=1,alipay=0` (0: a backup), or `settings`.",
         ),
     ] = None,
+    history: Annotated[
+        bool,
+        typer.Option("--history", help="The transitions: of NAME all that are kept, else the last of each."),
+    ] = False,
     reason: Reason = None,
     idempotency_key: Key = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Suppliers and their breakers; with NAME and --breaker, override one; --routes and --route: who serves what."""
-    if (name is None) != (breaker is None):
-        raise typer.BadParameter("a name and --breaker go together")
+    """Suppliers and their breakers; with NAME and --breaker, override one; --history: what happened to them; --routes
+    and --route: who serves what."""
+    if history and breaker is not None:
+        raise typer.BadParameter("--history and --breaker do not go together")
+    if not history and (name is None) != (breaker is None):
+        raise typer.BadParameter("a name goes with --breaker or --history")
     if (route is None) != (to is None):
         raise typer.BadParameter("--route and --to go together")
     if routes or route is not None:
         _routes(Office(data_dir), route, to, reason, idempotency_key, dry_run, as_json)
         return
     office = Office(data_dir)
+    if history:
+        transitions(office, name, as_json)
+        return
     if name is not None:
         rows = [
             office.post(
@@ -678,6 +691,41 @@ def _routes(
                 )
                 for row in rows
             ],
+        ),
+    )
+
+
+def transitions(office: Office, name: str | None, as_json: bool) -> None:
+    """What happened to one supplier's breaker, or to all of them, newest first."""
+    if name is not None:
+        told = [
+            {"name": name, **one} for one in office.all_of(f"/v1/admin/providers/{_quoted(name)}/history")
+        ]
+    else:
+        answer = office.ask("GET", "/v1/admin/providers")
+        told = [{"name": row["name"], **one} for row in answer["data"] for one in row["history"]]
+        told.sort(key=lambda one: int(one["at_ms"]), reverse=True)
+    columns = (
+        "at",
+        "name",
+        "before",
+        "after",
+        "why",
+        "calls",
+        "failures",
+        "slow",
+        "last_error",
+        "open_for_ms",
+        "by",
+    )
+    show(
+        {"data": told},
+        as_json,
+        lambda: table(
+            "",
+            columns,
+            [[one.get(column) for column in columns] for one in told],
+            bad=[one["after"] in ("open", "forced_open") for one in told],
         ),
     )
 

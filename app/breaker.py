@@ -5,23 +5,16 @@
                               └──rate reached · waited too long for probes ┘
     forced_open (nothing passes) · disabled (all passes, nothing is counted) · metrics_only (all passes, counted)
 
-Semantics are those of resilience4j's CircuitBreaker 2.x, where it defines them: rates in percent, `>=` trips, a call is
-slow when it took *longer* than `slow_ms`, minimum calls capped by a count window, permitted probes = size of the window
-in half-open, results that are ignored give their permit back. Differences, on purpose:
-
-- Every permit carries a generation and a lease. A result of an older generation, of a permit that was settled before,
-  or later than its lease, changes nothing (resilience4j lets late results into the new state's window).
-- A probe whose lease has passed is forgotten: its place is free for another. A cancelled task or a killed process never
-  wedges half-open (resilience4j needs `maxWaitDurationInHalfOpenState` for that).
-- The open interval grows with each failed recovery and is spread by jitter, so that workers do not probe together.
-- The time window advances in buckets of `bucket_ms` (resilience4j: whole seconds); the bucket under way counts.
-- Waiting too long in half-open opens again with the next, longer interval.
+Semantics are those of resilience4j's CircuitBreaker, where it defines them; docs/breaker.md has them, every difference
+with its reason, and how the same breaker is shared by all processes (lua/breaker.lua, app/providers/shared_breaker.py).
+tests/test_breaker.py holds both to the same tables and to the same model.
 
 One event loop or one thread owns a breaker; it takes no lock.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -90,13 +83,17 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("window_ms is a multiple of bucket_ms")
 
 
-class Permit(NamedTuple):
-    """The right to make one call; give it back with `settle`, once."""
+class Permit:
+    """The right to make one call; give it back with `settle`. Only the first time counts."""
 
-    serial: int
-    generation: int
-    taken_ms: int
-    lease_until_ms: int
+    __slots__ = ("generation", "lease_until_ms", "serial", "settled", "taken_ms")
+
+    def __init__(self, serial: int, generation: int, taken_ms: int, lease_until_ms: int) -> None:
+        self.serial = serial
+        self.generation = generation
+        self.taken_ms = taken_ms
+        self.lease_until_ms = lease_until_ms
+        self.settled = False
 
 
 class Stop(NamedTuple):
@@ -115,7 +112,10 @@ class Counts(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A transition, with what was counted before it and the last error that was seen."""
+    """A transition, with what was counted before it and the last error that was seen.
+
+    In metrics_only a rate that is reached is told once, as a transition from the state to itself.
+    """
 
     at_ms: int
     before: State
@@ -226,6 +226,7 @@ class Breaker:
         self._generation = 0
         self._serial = 0
         self._window: Window = self._fresh()
+        self._told: set[str] = set()  # in metrics_only: rates that were reached
         # In half-open only: permit serial -> lease end. Insertion order is lease order, so the first is the oldest.
         self._probes: dict[int, int] = {}
         self.history: deque[Event] = deque(maxlen=rules.history_max)
@@ -267,9 +268,10 @@ class Breaker:
         """
         now = self._clock()
         state = self._now_state(now)
-        if permit.generation != self._generation or now >= permit.lease_until_ms:
+        if permit.settled or permit.generation != self._generation or now >= permit.lease_until_ms:
             self.late_count += 1
             return
+        permit.settled = True
         if state is State.HALF_OPEN and self._probes.pop(permit.serial, None) is None:
             self.late_count += 1
             return
@@ -282,11 +284,16 @@ class Breaker:
             return
         self._window.add(now, result is Result.FAILURE, now - permit.taken_ms > self.rules.slow_ms)
         if state is State.CLOSED:
-            if why := self._tripped(now, self._calls_min()):
-                self._move(State.OPEN, now, why)
-        elif state is State.HALF_OPEN and self._window.counts(now).calls >= self.rules.probes_max:
-            if why := self._tripped(now, self.rules.probes_max):
-                self._move(State.OPEN, now, why)
+            if why := self._reached(now, self._calls_min()):
+                self._move(State.OPEN, now, why[0])
+        elif state is State.METRICS_ONLY:
+            for rate in self._reached(now, self._calls_min()):
+                if rate not in self._told:
+                    self._told.add(rate)
+                    self._tell(Event(now, state, state, rate, self._window.counts(now), self.last_error, 0))
+        elif self._window.counts(now).calls >= self.rules.probes_max:
+            if why := self._reached(now, self.rules.probes_max):
+                self._move(State.OPEN, now, why[0])
             else:
                 self._move(State.CLOSED, now, "recovered")
 
@@ -300,20 +307,38 @@ class Breaker:
         """Override the breaker, or give it back its own will (`auto`: closed, knowing nothing)."""
         if mode == self._mode:
             return
+        now = self._clock()
+        self._now_state(now)
         self._mode = mode
         self._openings = 0
         after = State.CLOSED if mode == "auto" else State(mode)
-        self._move(after, self._clock(), "operator")
+        self._move(after, now, "operator")
+
+    def adopt(self, state: State, mode: Mode, retry_in_ms: int, openings: int) -> None:
+        """Go on from what another breaker of this supplier knew: its state, not its counts. Tells nobody.
+
+        retry_in_ms: of an open state. Half-open is taken over as open with its interval over: probes are our own.
+        """
+        now = self._clock()
+        self._mode = mode
+        self._state = State.OPEN if state is State.HALF_OPEN else state
+        self._since_ms = now
+        self._until_ms = now + (retry_in_ms if state is State.OPEN else 0)
+        self._openings = openings
+        self._renew()
 
     @property
     def state(self) -> State:
         """As the next caller would find it, except that only `take` moves from open to half-open."""
         return self._now_state(self._clock())
 
-    @property
-    def since_ms(self) -> int:
-        """When the state began, by the breaker's clock."""
-        return self._since_ms
+    def age_ms(self) -> int:
+        """How long it has been in this state."""
+        return self._clock() - self._since_ms
+
+    def wall_ms(self, at_ms: int) -> int:
+        """A moment of the breaker's clock as milliseconds since 1970."""
+        return int(time.time() * 1000) - (self._clock() - at_ms)
 
     def retry_in_ms(self) -> int:
         """0: a call may pass now (or as soon as a probe has finished); else ms to wait."""
@@ -355,29 +380,30 @@ class Breaker:
                 return
             del probes[serial]
 
-    def _tripped(self, now: int, calls_min: int) -> str | None:
+    def _reached(self, now: int, calls_min: int) -> list[str]:
+        """The rates that are reached, the one that decides first."""
         counts = self._window.counts(now)
         if counts.calls < calls_min:
-            return None
+            return []
+        reached = []
         if counts.failures * 100 >= self.rules.failure_rate * counts.calls:
-            return "failure_rate"
+            reached.append("failure_rate")
         if counts.slow * 100 >= self.rules.slow_rate * counts.calls:
-            return "slow_rate"
-        return None
+            reached.append("slow_rate")
+        return reached
 
     def _open_for_ms(self) -> int:
         rules = self.rules
         # The exponent is capped: 2.0 ** 64 is far past any maximum, and floats must not overflow.
         grown = min(rules.open_max_ms, rules.open_ms * rules.open_growth ** min(self._openings - 1, 64))
-        return max(1, round(grown * (1 + rules.jitter * (2 * self._rand() - 1))))
+        # floor(x + 0.5), not round(): lua/breaker.lua has no rounding to even.
+        return max(1, math.floor(grown * (1 + rules.jitter * (2 * self._rand() - 1)) + 0.5))
 
     def _move(self, after: State, now: int, why: str) -> None:
         before, counts = self._state, self._window.counts(now)
         open_for_ms = 0
         self._state = after
         self._since_ms = now
-        self._generation += 1
-        self._probes.clear()
         if after is State.OPEN:
             self._openings += 1
             open_for_ms = self._open_for_ms()
@@ -386,8 +412,17 @@ class Breaker:
             self._until_ms = now + self.rules.half_open_max_ms
         elif after is State.CLOSED:
             self._openings = 0
+        self._renew()
+        self._tell(Event(now, before, after, why, counts, self.last_error, open_for_ms))
+
+    def _renew(self) -> None:
+        """A new era: permits and counts of the one before are worth nothing."""
+        self._generation += 1
+        self._probes.clear()
+        self._told.clear()
         self._window = self._fresh()
-        event = Event(now, before, after, why, counts, self.last_error, open_for_ms)
+
+    def _tell(self, event: Event) -> None:
         self.history.append(event)
         if self._on_event is not None:
             self._on_event(event)

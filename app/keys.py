@@ -11,10 +11,19 @@ FORMAT = 1  # version of key layout, stream entries and status values; release N
 
 SALES = "fairdrop:sales"  # hash: sale id -> JSON {"state_version": int}; which sales a front door must watch
 PROVIDERS = "fairdrop:providers"  # hash: provider -> JSON breaker state, written by workers once a second
-PROVIDER_MODES = "fairdrop:provider_modes"  # hash: provider -> auto|forced_open|disabled|metrics_only
 PROVIDER_ROUTES = "fairdrop:provider_routes"  # hash: `sms` or `payment:<channel>` -> JSON {supplier: weight}
 ADVISOR = "fairdrop:advisor"  # string, expires by itself: the worker that slows sales down and ends it
 GROUP = "workers"  # consumer group of `orders` and `asks`
+
+
+def breaker_key(provider: str) -> str:
+    """Hash: the state of a supplier's breaker, shared by all processes; its mode is what operators want."""
+    return f"{{breaker:{provider}}}"
+
+
+def breaker_history_key(provider: str) -> str:
+    """Stream: the breaker's transitions, in the same slot because the same script writes both."""
+    return f"{{breaker:{provider}}}:history"
 
 
 class SaleKeys:
@@ -61,7 +70,8 @@ def sms_limits(number: str) -> tuple[str, str, str]:
 
 # The leaked-key check of the tests: a key that matches none of these was made by mistake.
 KNOWN = re.compile(
-    r"fairdrop:(sales|providers|provider_modes|provider_routes|advisor)"
+    r"fairdrop:(sales|providers|provider_routes|advisor)"
+    r"|\{breaker:[a-z][a-z0-9_.:-]{0,63}\}(:history)?"
     r"|\{sms:[0-9a-f]{32}\}:(minute|hour|day)"
     r"|\{sale:[a-z0-9][a-z0-9-]{0,47}\}:"
     r"(sale|stock|buyers|orders|asks|status|contact|(item|line|outcome|drawn|left):[A-Za-z0-9._-]{1,64}|rate:[a-z_]+:.+)"

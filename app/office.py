@@ -21,6 +21,7 @@ from app.errors import CannotStart, DidNotHappen, Unknown
 from app.ledger import idempotency, operators
 from app.ledger.engine import create_engine, passes
 from app.problems import refuse
+from app.providers import published
 from app.providers.registry import open_providers
 from app.providers.routes import run as follow_routes
 from app.resources import release
@@ -76,6 +77,12 @@ def create_app(settings: Settings) -> FastAPI:
             asyncio.create_task(watch.run(), name="watch"),
             asyncio.create_task(follow_routes(link, suppliers.routes, asyncio.Event()), name="routes"),
         ]
+        stopping = asyncio.Event()
+        tasks.append(
+            asyncio.create_task(
+                published.run(link, suppliers, settings, stopping, report=False), name="breakers"
+            )
+        )
         if hook_server is not None:
             hook_server.start()
         try:

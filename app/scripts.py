@@ -29,7 +29,7 @@ import msgspec
 from hiredis import ProtocolError, Reader, ReplyError, pack_command
 
 from app.errors import CannotStart, DidNotHappen, Unknown
-from app.keys import FORMAT, GROUP, SaleKeys, sms_limits
+from app.keys import FORMAT, GROUP, SaleKeys, breaker_history_key, breaker_key, sms_limits
 from app.resources import lua_dir
 
 log = logging.getLogger("fairdrop.redis")
@@ -631,6 +631,30 @@ class Advised(Answer, frozen=True):
     until_ms: int
 
 
+class Stands(Answer, frozen=True):
+    """A supplier's breaker as it stands after one turn. Times are ms of its own clock, which never runs back.
+
+    granted: permits given; probes among them have the serials up to `serial`. settled: for each result c(ounted),
+    i(gnored) or l(ate). events: the transitions of this turn, JSON.
+    """
+
+    now_ms: int
+    state: str
+    mode: str
+    generation: int
+    since_ms: int
+    until_ms: int
+    openings: int
+    calls: int
+    failures: int
+    slow: int
+    granted: int
+    serial: int
+    settled: str
+    last_error: str
+    events: str
+
+
 # --- answers for each buyer of a join
 
 
@@ -914,6 +938,12 @@ SMS_TAKE: Script[Taken | Wait] = Script(
     args="now_ms minute_period minute_burst hour_period hour_burst day_period day_burst",
     answers=(Taken, Wait),
 )
+BREAKER: Script[Gone | Stands] = Script(
+    "breaker",
+    keys="breaker history",
+    args="now_ms rules rand who history_max mode_first switch_to wanted n results...",
+    answers=(Gone, Stands),
+)
 
 # `sale` fields that sale_publish needs; it sets fmt, home, seed_hash, tokens_micro, last_ms, opened itself.
 SALE_FIELDS = frozenset(
@@ -977,15 +1007,22 @@ class Scripts:
     async def _run(self, script: Script[A], keys: Sequence[str], args: Sequence[Arg]) -> A:
         return script.read(await self._raw(script, keys, args))
 
-    async def _raw(self, script: Script[Any], keys: Sequence[str], args: Sequence[Arg]) -> list[Any]:
+    async def _raw(
+        self,
+        script: Script[Any],
+        keys: Sequence[str],
+        args: Sequence[Arg],
+        deadline_s: float | None = None,
+    ) -> list[Any]:
         command: list[Arg] = ["EVALSHA", script.sha, len(keys), *keys, *args]
         try:
-            reply: list[Any] = await self.link.send(command, script=True)
+            reply: list[Any] = await self.link.send(command, script=True, deadline_s=deadline_s)
         except Rejected as error:
             if error.code != "NOSCRIPT":
                 raise
             await self.link.call("SCRIPT", "LOAD", script.text)
-            reply = await self.link.send(command, script=True)  # once: it did not happen the first time
+            # Once: it did not happen the first time.
+            reply = await self.link.send(command, script=True, deadline_s=deadline_s)
         return reply
 
     async def line_join(
@@ -1295,6 +1332,36 @@ class Scripts:
         """Allow one more text to a number under all three limits, or count nothing. number: its index in hex."""
         args = (now_ms, minute_period, minute_burst, hour_period, hour_burst, day_period, day_burst)
         return await self._run(SMS_TAKE, sms_limits(number), args)
+
+    async def breaker(
+        self,
+        *,
+        name: str,
+        rules: str,
+        rand: float,
+        who: str,
+        history_max: int,
+        mode_first: str = "auto",
+        switch_to: str = "",
+        wanted: int = 0,
+        results: Sequence[tuple[int, int, int, str, str]] = (),
+        now_ms: int = 0,
+        deadline_s: float | None = None,
+    ) -> Gone | Stands:
+        """One turn of the breaker shared under `name`: learn `results`, obey `switch_to`, give `wanted` permits.
+
+        results: (generation, serial, took_ms, s|f|i, error). mode_first '': only look, Gone if it is not there.
+        Not idempotent, and harmless: a result sent twice is one call too many in the window, a permit that was given
+        to nobody ends with its lease.
+        """
+        args: list[Arg] = [
+            now_ms, rules, repr(rand), who, history_max, mode_first, switch_to, wanted, len(results),
+        ]  # fmt: skip
+        for result in results:
+            args += result
+        return BREAKER.read(
+            await self._raw(BREAKER, (breaker_key(name), breaker_history_key(name)), args, deadline_s)
+        )
 
     @staticmethod
     def _serve_keys(sale: str, sku: str) -> tuple[str, ...]:

@@ -309,6 +309,41 @@ class Settings(BaseSettings):
     bill_days_back: int = Field(7, ge=1, description="days whose bills are still read when they were missed")
     provider_concurrency: int = Field(32, description="calls to one supplier at once")
     provider_wait_max_s: float = Field(1.0, description="s a call waits for a place before it is refused")
+    provider_retries_max: int = Field(
+        2,
+        ge=0,
+        le=10,
+        description="repeats of one call, within its deadline; only of what certainly did not happen",
+    )
+    provider_retry_first_ms: int = Field(
+        50, ge=1, description="ms before the first repeat; doubles, jittered"
+    )
+    provider_retry_earned: float = Field(
+        0.2, ge=0, le=1, description="repeats that each call to a supplier earns: 0.2 is one in five"
+    )
+    provider_retry_per_s: float = Field(1.0, ge=0, description="repeats a second beside the earned ones")
+    breaker_shared: bool = Field(
+        True,
+        description="one breaker a supplier for all processes, in Redis; false: each process has its own",
+    )
+    breaker_failure_rate: float = Field(
+        50.0, gt=0, le=100, description="% of failed calls that open a breaker"
+    )
+    breaker_slow_rate: float = Field(
+        80.0, gt=0, le=100, description="% of slow calls (over half the deadline) that open a breaker"
+    )
+    breaker_window_s: int = Field(10, ge=1, le=600, description="s of calls that are counted")
+    breaker_calls_min: int = Field(10, ge=1, description="calls in the window below which nothing opens")
+    breaker_open_ms: int = Field(
+        1_000,
+        ge=100,
+        description="ms the first open interval lasts, ± 20 %; doubles after each failed recovery",
+    )
+    breaker_open_max_ms: int = Field(30_000, ge=100, description="ms an open interval lasts at most, ± 20 %")
+    breaker_probes_max: int = Field(5, ge=1, le=1_000, description="calls that probe a supplier in half-open")
+    breaker_history_max: int = Field(
+        1_000, ge=10, description="transitions of each supplier kept for operators, the newest"
+    )
 
     payment_also: str = Field(
         "",

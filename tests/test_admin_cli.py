@@ -142,6 +142,15 @@ async def test_keys_and_breakers(office: Office) -> None:
     for words in (("--route", "card"), ("--route", "card", "--to", "sandbox"), ("--to", "settings")):
         assert (await fairdrop("providers", *words, office=office)).status == 2
     assert (await fairdrop("providers", "nobody", "--breaker", "auto", office=office)).status == 1
+    told = await fairdrop("providers", "sandbox", "--history", "--json", office=office)
+    (one,) = told.json["data"]
+    assert (one["name"], one["before"], one["after"], one["why"]) == (
+        "sandbox", "closed", "forced_open", "operator",
+    )  # fmt: skip
+    assert one["by"].startswith("first admin (")
+    told = await fairdrop("providers", "--history", office=office)
+    assert told.status == 0 and "forced_open" in told.out and one["at"] in told.out
+    assert (await fairdrop("providers", "nobody", "--history", office=office)).status == 1
     assert (await fairdrop("providers", "sandbox", office=office)).status == 2
     assert (await fairdrop("providers", "sandbox", "--breaker", "wide", office=office)).status == 2
 

@@ -20,7 +20,7 @@ from app import audit
 from app.audit import Audit
 from app.desk.auth import Viewer
 from app.desk.providers import ProviderOut, breakers
-from app.desk.shapes import AuditOut, Out, SalePath, When
+from app.desk.shapes import AuditOut, Out, SalePath, When, format_ms
 from app.desk.wiring import Desk, TheDesk, reading
 from app.errors import DidNotHappen, FairdropError, Unknown
 from app.keys import SaleKeys
@@ -348,11 +348,6 @@ def advised(advice: Sequence[bytes | None], now_ms: int) -> dict[str, Any]:
             "until_at": format_ms(int(until)),
         }
     return {"slowdown": slowdown, "notices": [word for word in notices.decode().split(",") if word]}
-
-
-def format_ms(now_ms: int) -> str:
-    """Unix milliseconds as the API writes a time."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(now_ms // 1000)) + f"{now_ms % 1000:03d}Z"
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -366,6 +367,11 @@ def read_cursor(ring: Keyring, kind: str, text: str | None) -> list[Any] | None:
 def next_cursor(ring: Keyring, kind: str, rows: int, limit: int, payload: list[Any] | None) -> str | None:
     """The cursor behind a full page; a page that is not full is the last."""
     return ring.cursor_sign(kind, payload) if rows == limit and payload is not None else None
+
+
+def format_ms(now_ms: int) -> str:
+    """Unix milliseconds as the API writes a time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(now_ms // 1000)) + f"{now_ms % 1000:03d}Z"
 
 
 def exact(moment: datetime) -> str:

@@ -1,17 +1,21 @@
 """Every call to a supplier goes through here, in this order:
 
-    deadline ─► bulkhead ─► breaker ─► the adapter's call ─► metrics
-    (of all)    (a place,   (may I?)   (one try, typed
-                bounded                 answer)
-                wait)
+    deadline ─► bulkhead ─► breaker ─► the adapter's call ─► retry budget ─► metrics
+    (of all)    (a place,   (may I?)   (one try, typed       (again? from the
+                bounded       ▲         answer)               breaker on)
+                wait)         └──────── backoff ◄──────────────┘
 
-- The deadline covers everything, the wait for a place included. It passing before the call was made is `NotDone`,
-  after that `MaybeDone`.
+- The deadline covers everything: the wait for a place, each try, each backoff. It passing before the call was made is
+  `NotDone`, after that `MaybeDone`.
 - The bulkhead comes before the breaker: a probe's lease must not run while it waits for a place. A supplier that hangs
   fills its own places and nobody else's. A breaker that is open is asked first, so that nobody queues for a refusal.
-- The breaker learns what the answer declares (`answer.py`). A cancelled call says nothing about the supplier: ignored.
-- One try. Whoever holds the row repeats it, with the same key, when the answer allows it: repeats are paced by the due
-  times of rows, so a sick supplier never sees a multiple of the load.
+- The breaker learns what the answer declares (`answer.py`), of each try. A cancelled call says nothing about the
+  supplier: ignored.
+- Repeated here is only what the adapter says certainly did not happen and blames on the supplier (`NotDone` that
+  counts as a failure): never an unknown, never a business "no", never "slow down" (its rows are paced by their due
+  times), never a probe, and only while the breaker stays closed, the budget pays for it (`retry.py`) and the deadline
+  leaves room.
+  Everything else is repeated by whoever holds the row, with the same key: a sick supplier never sees a multiple.
 - An exception out of an adapter is a bug; money treats it as `MaybeDone`, and it is logged with its traceback.
 """
 
@@ -29,7 +33,7 @@ import msgspec
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
-from app.breaker import Breaker, Event, Result, Rules, State, Stop, monotonic_ms
+from app.breaker import Breaker, Counts, Event, Result, Rules, State, Stop, monotonic_ms
 from app.providers import wire
 from app.providers.answer import BREAKER_OPEN, NO_PLACE, Answer, Done, MaybeDone, NotDone
 from app.providers.payment import (
@@ -45,7 +49,10 @@ from app.providers.payment import (
     RefundState,
     RefundWanted,
 )
+from app.providers.retry import RetryBudget, backoff_s
+from app.providers.shared_breaker import SharedBreaker, told
 from app.providers.sms import Sent, SmsProvider, Text
+from app.scripts import Scripts
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -66,6 +73,16 @@ TRANSITIONS = Counter(
     "fairdrop_provider_breaker_transitions",
     "Transitions of suppliers' breakers",
     ["provider", "before", "after", "why"],
+)
+RETRIES = Counter(
+    "fairdrop_provider_retries", "Repeats of what certainly did not happen: made, no_budget, no_time",
+    ["provider", "outcome"],
+)  # fmt: skip
+ALONE = Gauge(
+    "fairdrop_provider_breaker_alone",
+    "1 while a process goes on with a breaker of its own, because Redis does not answer",
+    ["provider"],
+    multiprocess_mode="livesum",
 )
 
 _WORD: dict[type, str] = {Done: "done", NotDone: "not_done", MaybeDone: "maybe_done"}
@@ -141,11 +158,16 @@ class GuardRules(msgspec.Struct, frozen=True, kw_only=True):
     places_max: int = 32
     wait_max_s: float = 1.0
     queue_max: int = 1_000  # callers waiting for a place; more are refused at once
+    retries_max: int = 0  # of one call
+    retry_earned: float = 0.2  # repeats that each call earns
+    retry_per_s: float = 1.0  # repeats that come by themselves
+    retry_saved_max: float = 10.0
+    retry_first_s: float = 0.05  # before the first repeat; doubles, jittered
     breaker: Rules = Rules()
 
 
 class Guard:
-    """Deadline, bulkhead, breaker and metrics of one supplier."""
+    """Deadline, bulkhead, breaker, retry budget and metrics of one supplier."""
 
     def __init__(
         self,
@@ -163,11 +185,35 @@ class Guard:
         self.kind = kind
         self.rules = rules
         self.bulkhead = Bulkhead(rules.places_max, rules.queue_max)
-        self.breaker = Breaker(name, rules.breaker, clock_ms=clock_ms, on_event=self._noted)
+        self.breaker: Breaker | SharedBreaker = Breaker(
+            name, rules.breaker, clock_ms=clock_ms, on_event=self._noted
+        )
+        self.budget = RetryBudget(rules.retry_earned, rules.retry_per_s, rules.retry_saved_max, clock_ms)
         self._clock = clock_ms
+        self._untold: deque[tuple[Event, int]] = deque(maxlen=rules.breaker.history_max)
         self._meters: dict[tuple[str, str], Counter] = {}
         self._timers: dict[str, Histogram] = {}
-        self._show(self.breaker.state)
+        self._show(State.CLOSED)
+
+    def share(self, scripts: Scripts, *, who: str, history_max: int) -> SharedBreaker:
+        """From now on the breaker is the one in Redis, the same for all processes. who: this one, for the history."""
+        self.breaker = SharedBreaker(
+            self.name, self.rules.breaker, scripts, who=who, history_max=history_max, clock_ms=self._clock,
+            on_event=self._noted, on_state=self._show,
+        )  # fmt: skip
+        return self.breaker
+
+    def untold(self, who: str) -> list[bytes]:
+        """Transitions that Redis has not recorded itself, as entries of the history; they are forgotten here."""
+        if isinstance(self.breaker, SharedBreaker):
+            return self.breaker.alone_events()
+        found = [
+            told(event, at_ms, who)
+            for event, at_ms in self._untold
+            if event.why != "operator"  # whoever ordered it has recorded it
+        ]
+        self._untold.clear()
+        return found
 
     async def call(self, operation: str, send: Callable[[], Awaitable[Answer[T]]]) -> Answer[T]:
         """Make one call under guard and return its answer; raises nothing but cancellation."""
@@ -193,31 +239,67 @@ class Guard:
         if not await self.bulkhead.enter(min(rules.wait_max_s, rules.deadline_s)):
             return NotDone(NO_PLACE, counts=Result.IGNORED)
         try:
-            left_s = ends - time.perf_counter()
-            if left_s <= 0:
-                return NotDone(NO_PLACE, counts=Result.IGNORED)
-            permit = breaker.take()
-            if isinstance(permit, Stop):
-                return NotDone(BREAKER_OPEN, permit.retry_in_ms, Result.IGNORED)
-            answer: Answer[T] | None = None
-            try:
-                async with asyncio.timeout(left_s):
-                    answer = await send()
-            except TimeoutError:
-                answer = MaybeDone("deadline")
-            except Exception:
-                log.exception("provider_adapter_failed", provider=self.name, operation=operation)
-                answer = MaybeDone("adapter_error")
-            finally:
-                if answer is None:
-                    breaker.settle(permit, Result.IGNORED)
-                elif type(answer) is Done:
-                    breaker.settle(permit, Result.SUCCESS)
-                else:
-                    breaker.settle(permit, answer.counts, f"{operation}: {answer.code}")  # type: ignore[union-attr]
+            answer = await self._try(operation, send, ends)
+            self.budget.earn()
+            tries = 0
+            while tries < rules.retries_max and self._may_repeat(answer):
+                tries += 1
+                wait_s = backoff_s(tries, rules.retry_first_s)
+                if time.perf_counter() + wait_s >= ends:
+                    self._repeated("no_time")
+                    break
+                if not self.budget.spend():
+                    self._repeated("no_budget")
+                    break
+                await asyncio.sleep(wait_s)
+                if not self._may_repeat(answer):
+                    break  # the breaker has tripped meanwhile: what this supplier said stands
+                self._repeated("made")
+                answer = await self._try(operation, send, ends)
             return answer
         finally:
             self.bulkhead.leave()
+
+    def _may_repeat(self, answer: Answer[T]) -> bool:
+        """Certainly not done, and for a reason that may be over in a moment."""
+        return (
+            type(answer) is NotDone
+            and answer.counts is Result.FAILURE
+            and self.breaker.state in (State.CLOSED, State.DISABLED, State.METRICS_ONLY)
+        )
+
+    async def _try(self, operation: str, send: Callable[[], Awaitable[Answer[T]]], ends: float) -> Answer[T]:
+        """One try: a permit, the call, what the breaker learns of it."""
+        breaker = self.breaker
+        if isinstance(breaker, SharedBreaker):
+            permit = breaker.take_now() or await breaker.ask()
+        else:
+            permit = breaker.take()
+        if isinstance(permit, Stop):
+            return NotDone(BREAKER_OPEN, permit.retry_in_ms, Result.IGNORED)
+        answer: Answer[T] | None = None
+        try:
+            left_s = ends - time.perf_counter()
+            if left_s <= 0:
+                return NotDone(NO_PLACE, counts=Result.IGNORED)
+            async with asyncio.timeout(left_s):
+                answer = await send()
+        except TimeoutError:
+            answer = MaybeDone("deadline")
+        except Exception:
+            log.exception("provider_adapter_failed", provider=self.name, operation=operation)
+            answer = MaybeDone("adapter_error")
+        finally:
+            if answer is None:
+                breaker.settle(permit, Result.IGNORED)
+            elif type(answer) is Done:
+                breaker.settle(permit, Result.SUCCESS)
+            else:
+                breaker.settle(permit, answer.counts, f"{operation}: {answer.code}")  # type: ignore[union-attr]
+        return answer
+
+    def _repeated(self, outcome: str) -> None:
+        RETRIES.labels(self.name, outcome).inc()
 
     def refusal(self) -> NotDone | None:
         """May this supplier be tried now? None: yes. Else what a call would answer; another supplier may be asked.
@@ -240,47 +322,36 @@ class Guard:
         return free
 
     def report(self) -> dict[str, Any]:
-        """For operators: state, mode, counts, places, history. No personal data."""
-        breaker, now, counts = self.breaker, self._clock(), self.breaker.counts()
-        wall = time.time()
+        """For operators: state, mode, counts, places. Counts of a shared breaker are those of all processes; places,
+        stopped and late are of this process. No personal data. Its transitions are in the history."""
+        breaker, counts = self.breaker, self.breaker.counts()
+        shared = isinstance(breaker, SharedBreaker)
+        now_ms = int(time.time() * 1000)
         return {
             "name": self.name,
             "kind": self.kind,
             "state": breaker.state.value,
             "mode": breaker.mode,
-            "since_ms": int((wall - (now - breaker.since_ms) / 1000) * 1000),
+            "shared": shared,
+            "alone": isinstance(breaker, SharedBreaker) and breaker.alone,
+            "since_ms": now_ms - breaker.age_ms(),
             "retry_in_ms": breaker.retry_in_ms(),
-            "calls": counts.calls,
-            "failures": counts.failures,
-            "slow": counts.slow,
-            "failure_rate": round(100 * counts.failures / counts.calls, 1) if counts.calls else None,
-            "slow_rate": round(100 * counts.slow / counts.calls, 1) if counts.calls else None,
+            **rates(counts),
             "stopped": breaker.stopped_count,
             "late": breaker.late_count,
             "last_error": breaker.last_error,
             "in_flight": self.bulkhead.in_flight,
             "waiting": self.bulkhead.waiting,
             "places_max": self.rules.places_max,
-            "at_ms": int(wall * 1000),
-            "history": [
-                {
-                    "at_ms": int((wall - (now - event.at_ms) / 1000) * 1000),
-                    "before": event.before.value,
-                    "after": event.after.value,
-                    "why": event.why,
-                    "calls": event.counts.calls,
-                    "failures": event.counts.failures,
-                    "slow": event.counts.slow,
-                    "last_error": event.last_error,
-                    "open_for_ms": event.open_for_ms,
-                }
-                for event in list(breaker.history)[-10:]
-            ],
+            "retries_saved": round(self.budget.saved, 1),
+            "at_ms": now_ms,
         }
 
     def _noted(self, event: Event) -> None:
         TRANSITIONS.labels(self.name, event.before.value, event.after.value, event.why).inc()
         self._show(event.after)
+        if isinstance(self.breaker, Breaker):
+            self._untold.append((event, self.breaker.wall_ms(event.at_ms)))
         log.warning(
             "provider_breaker", provider=self.name, before=event.before.value, after=event.after.value, why=event.why,
             calls=event.counts.calls, failures=event.counts.failures, slow=event.counts.slow,
@@ -288,6 +359,7 @@ class Guard:
         )  # fmt: skip
 
     def _show(self, now: State) -> None:
+        ALONE.labels(self.name).set(isinstance(self.breaker, SharedBreaker) and self.breaker.alone)
         for state in State:
             BREAKER.labels(self.name, state.value).set(state is now)
 
@@ -296,6 +368,18 @@ class Guard:
         if meter is None:
             meter = self._meters[operation, word] = CALLS.labels(self.name, operation, word)
         meter.inc()
+
+
+def rates(counts: Counts) -> dict[str, Any]:
+    """Counts of a window, and their rates in percent (null: no calls)."""
+    calls = counts.calls
+    return {
+        "calls": calls,
+        "failures": counts.failures,
+        "slow": counts.slow,
+        "failure_rate": round(100 * counts.failures / calls, 1) if calls else None,
+        "slow_rate": round(100 * counts.slow / calls, 1) if calls else None,
+    }
 
 
 class GuardedPayment:

@@ -1,7 +1,9 @@
-"""Shows breakers to operators, and makes breakers obey operators' overrides: once a second, over Redis.
+"""Keeps this process' breakers in touch with the others' and with operators, over Redis.
 
+Several times a second: a shared breaker looks at what is known to all (lua/breaker.lua), one of this process only looks
+at what operators want; transitions that Redis has not recorded itself are added to the history. Once a second, in a
+worker:
 `fairdrop:providers` hash: supplier -> JSON report of the worker that wrote last (`Guard.report`, plus `worker`).
-`fairdrop:provider_modes` hash: supplier -> auto | forced_open | disabled | metrics_only; none there: auto.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 
 import msgspec
 import structlog
@@ -18,43 +21,76 @@ from app.breaker import MODES
 from app.errors import FairdropError
 from app.providers.guard import Guard
 from app.providers.registry import Providers
-from app.scripts import Link
+from app.providers.shared_breaker import SharedBreaker, fresh_ms, history_command, rules_text
+from app.scripts import Gone, Link, Scripts
 from app.settings import Settings
 
 log = structlog.get_logger()
 
-EVERY_S = 1.0
+REPORT_EVERY_S = 1.0
+BEAT_MAX_S = 0.25  # with FRESH_MAX_MS: an override is obeyed everywhere well within a second
+BEAT_MIN_S = 0.02
 
 
-async def run(link: Link, providers: Providers, settings: Settings, stopping: asyncio.Event) -> None:
-    """Exchange states and overrides until `stopping` is set. Without Redis the last overrides stay in force."""
-    worker = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+def process_name(settings: Settings) -> str:
+    """Who this is, in reports and in the history."""
+    return settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+
+
+async def run(
+    link: Link, providers: Providers, settings: Settings, stopping: asyncio.Event, *, report: bool = True
+) -> None:
+    """Share the breakers and keep in touch until `stopping` is set. Without Redis the last overrides stay in force."""
+    scripts, who, guards = Scripts(link), process_name(settings), providers.guards()
+    if settings.breaker_shared:
+        for guard in guards:
+            if not isinstance(guard.breaker, SharedBreaker):
+                guard.share(scripts, who=who, history_max=settings.breaker_history_max)
+    # A third of the time for which a shared state is believed may pass before a beat asks again; the rest is one beat.
+    beat_s = max(BEAT_MIN_S, min([BEAT_MAX_S, *(fresh_ms(guard.rules.breaker) * 0.0006 for guard in guards)]))
+    report_at = 0.0
     while not stopping.is_set():
         try:
-            await exchange(link, providers.guards(), worker)
+            await exchange(scripts, guards, who, settings.breaker_history_max)
+            if report and time.monotonic() >= report_at:
+                report_at = time.monotonic() + REPORT_EVERY_S
+                await publish(link, guards, who)
         except FairdropError as error:
             log.warning("provider_states_not_exchanged", error=type(error).__name__)
         try:
-            async with asyncio.timeout(EVERY_S):
+            async with asyncio.timeout(beat_s):
                 await stopping.wait()
         except TimeoutError:
             continue
 
 
-async def exchange(link: Link, guards: list[Guard], worker: str) -> None:
-    """One round: take over the overrides, then publish what that makes of each breaker."""
-    names = [guard.name for guard in guards]
-    found = await link.call("HMGET", keys.PROVIDER_MODES, *names)
-    assert isinstance(found, list)
-    for guard, raw in zip(guards, found, strict=True):
-        wanted = raw.decode() if isinstance(raw, bytes) else "auto"
+async def exchange(scripts: Scripts, guards: list[Guard], who: str, history_max: int) -> None:
+    """One beat of each breaker: learn what the others know and operators want, tell what only we know."""
+    await asyncio.gather(*(_exchange(scripts, guard, who, history_max) for guard in guards))
+
+
+async def _exchange(scripts: Scripts, guard: Guard, who: str, history_max: int) -> None:
+    breaker = guard.breaker
+    if isinstance(breaker, SharedBreaker):
+        await breaker.beat()
+        if breaker.alone:
+            return
+    else:
+        stands = await scripts.breaker(
+            name=guard.name, rules=rules_text(breaker.rules), rand=0.5, who=who, history_max=history_max,
+            mode_first="",
+        )  # fmt: skip
         for mode in MODES:
-            if mode == wanted:
-                guard.breaker.set_mode(mode)
-                break
-        else:
-            log.warning("provider_mode_unknown", provider=guard.name)
+            if not isinstance(stands, Gone) and mode == stands.mode:
+                breaker.set_mode(mode)
+    if untold := guard.untold(who):
+        await scripts.link.pipeline([history_command(guard.name, entry, history_max) for entry in untold])
+
+
+async def publish(link: Link, guards: list[Guard], who: str) -> None:
+    """What this process sees of its suppliers, for operators."""
     fields: list[bytes | str] = []
     for guard in guards:
-        fields += [guard.name, msgspec.json.encode({**guard.report(), "worker": worker})]
-    await link.call("HSET", keys.PROVIDERS, *fields)
+        fields += [guard.name, msgspec.json.encode({**guard.report(), "worker": who})]
+    if fields:
+        await link.call("HSET", keys.PROVIDERS, *fields)

@@ -67,7 +67,21 @@ def guard_rules(settings: Settings) -> GuardRules:
         deadline_s=deadline_s,
         places_max=settings.provider_concurrency,
         wait_max_s=settings.provider_wait_max_s,
-        breaker=Rules(slow_ms=int(deadline_s * 500), lease_ms=int(deadline_s * 1000) * 2 + 1_000),
+        retries_max=settings.provider_retries_max,
+        retry_earned=settings.provider_retry_earned,
+        retry_per_s=settings.provider_retry_per_s,
+        retry_first_s=settings.provider_retry_first_ms / 1000,
+        breaker=Rules(
+            failure_rate=settings.breaker_failure_rate,
+            slow_rate=settings.breaker_slow_rate,
+            slow_ms=int(deadline_s * 500),
+            window_ms=settings.breaker_window_s * 1000,
+            calls_min=settings.breaker_calls_min,
+            open_ms=settings.breaker_open_ms,
+            open_max_ms=settings.breaker_open_max_ms,
+            probes_max=settings.breaker_probes_max,
+            lease_ms=int(deadline_s * 1000) * 2 + 1_000,
+        ),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from structlog.testing import capture_logs
 from app.breaker import Result, Rules, State
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused, other_may
 from app.providers.guard import Bulkhead, Guard, GuardRules
+from app.providers.retry import RetryBudget, backoff_s
+from app.scripts import Link, Scripts
 
 
 class Clock:
@@ -256,20 +259,168 @@ def test_a_lease_shorter_than_the_deadline_is_refused() -> None:
         make(deadline_s=30, breaker=Rules(lease_ms=30_000))
 
 
-@pytest.mark.serial
-async def test_the_guard_costs_little_on_a_healthy_call() -> None:
-    """The goal is 50 µs; 150 here, because test machines are shared. The median of rounds is what the code costs."""
-    guard = Guard("cheap", "payment", GuardRules())
+# -- repeats
+
+
+def patient(clock: Clock | None = None, **rules: Any) -> Guard:
+    """A guard that may repeat, at once, and whose breaker does not trip of it."""
+    rules.setdefault("breaker", Rules(calls_min=1_000))
+    return make(clock, **{"retries_max": 3, "retry_first_s": 0.001, **rules})
+
+
+def in_turn(*answers: Answer[int]) -> tuple[Any, list[float]]:
+    """A call that gives these answers one after the other, and when it was made."""
+    left, made = list(answers), []
+
+    async def send() -> Answer[int]:
+        made.append(time.monotonic())
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return send, made
+
+
+@pytest.mark.parametrize(
+    ("first", "calls"),
+    [
+        (NotDone("ConnectError"), 2),
+        (NotDone("http_429", 10, Result.IGNORED), 1),  # it asked for less, not for more
+        (NotDone("bill_not_ready", counts=Result.SUCCESS), 1),
+        (MaybeDone("http_500"), 1),  # never: it may have happened
+        (Refused("declined"), 1),
+        (Refused("http_401", counts=Result.FAILURE), 1),
+        (Done(1), 1),
+    ],
+)
+async def test_only_what_certainly_did_not_happen_is_repeated(first: Answer[int], calls: int) -> None:
+    guard = patient()
+    send, made = in_turn(first, Done(2))
+    answer = await guard.call("create", send)
+    assert len(made) == calls
+    assert answer == (Done(2) if calls == 2 else first)
+    assert guard.bulkhead.in_flight == 0
+
+
+async def test_a_call_is_repeated_so_often_at_most_with_growing_pauses_and_each_try_is_learned() -> None:
+    guard = patient(retry_first_s=0.02)
+    send, made = in_turn(NotDone("ConnectError"))
+    assert await guard.call("create", send) == NotDone("ConnectError")
+    assert len(made) == 4
+    pauses = [after - before for before, after in pairwise(made)]
+    assert all(pause >= least for pause, least in zip(pauses, (0.01, 0.02, 0.04), strict=True))
+    assert guard.breaker.counts().failures == 4
+
+
+async def test_repeats_end_with_the_deadline() -> None:
+    guard = patient(deadline_s=0.05, retries_max=1_000, retry_first_s=0.02)
+    send, made = in_turn(NotDone("ConnectError"))
+    began = time.monotonic()
+    assert await guard.call("create", send) == NotDone("ConnectError")
+    assert 1 < len(made) < 5
+    assert time.monotonic() - began < 1
+
+
+async def test_repeats_end_with_the_breaker_and_a_probe_is_not_repeated() -> None:
+    clock = Clock()
+    guard = patient(clock, breaker=Rules(calls_min=2, open_ms=1_000, jitter=0, probes_max=1))
+    send, made = in_turn(NotDone("ConnectError"))
+    assert await guard.call("create", send) == NotDone("ConnectError")
+    assert len(made) == 2  # the second tripped it
+    assert guard.breaker.state is State.OPEN
+    clock.ms += 1_000
+    assert await guard.call("create", send) == NotDone("ConnectError")
+    assert len(made) == 3
+    assert guard.breaker.state is State.OPEN
+
+
+async def test_a_supplier_that_refuses_everything_sees_a_fifth_more_calls_at_most() -> None:
+    guard = patient(retries_max=10, retry_saved_max=5.0, retry_per_s=0.0, breaker=Rules(calls_min=10_000))
+    send, made = in_turn(NotDone("ConnectError"))
+    for _ in range(200):
+        assert await guard.call("create", send) == NotDone("ConnectError")
+    assert 200 + 5 <= len(made) <= 200 * 1.2 + 5
+
+
+def test_the_budget_earns_trickles_and_saves_up_to_its_limit() -> None:
+    clock = Clock()
+    budget = RetryBudget(0.25, 2.0, 3.0, clock)
+    assert [budget.spend() for _ in range(4)] == [True, True, True, False]
+    for _ in range(3):
+        budget.earn()
+    assert not budget.spend()
+    budget.earn()
+    assert [budget.spend(), budget.spend()] == [True, False]
+    clock.ms += 499
+    assert not budget.spend()
+    clock.ms += 1
+    assert [budget.spend(), budget.spend()] == [True, False]
+    clock.ms += 3_600_000
+    assert [budget.spend() for _ in range(4)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("rand", "waits"), [(0.0, (0.05, 0.1, 0.2)), (1.0, (0.1, 0.2, 0.4))])
+def test_backoff_doubles_within_its_upper_half(rand: float, waits: tuple[float, ...]) -> None:
+    assert tuple(backoff_s(tries, 0.1, lambda: rand) for tries in (1, 2, 3)) == waits
+
+
+async def test_a_cancelled_call_between_two_tries_leaves_its_place() -> None:
+    guard = patient(retry_first_s=3.0)
+    send, made = in_turn(NotDone("ConnectError"))
+    task = asyncio.create_task(guard.call("create", send))
+    while not made:  # noqa: ASYNC110 - turns of the loop, not time
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (guard.bulkhead.in_flight, len(made)) == (0, 1)
+
+
+async def cost_us(guard: Guard) -> float:
+    """µs of this process' CPU that the guard adds to one healthy call: the median of rounds."""
     send = says(Done(1))
+
     rounds = []
     for _ in range(15):
-        before = time.perf_counter()
+        before = time.process_time()
         for _ in range(400):
             await guard.call("create", send)
-        guarded = time.perf_counter() - before
-        before = time.perf_counter()
+        guarded = time.process_time() - before
+        before = time.process_time()
         for _ in range(400):
             await send()
-        rounds.append((guarded - (time.perf_counter() - before)) / 400 * 1e6)
-    cost_us = sorted(rounds)[len(rounds) // 2]
-    assert cost_us < 150, f"{cost_us:.1f} µs"
+        rounds.append((guarded - (time.process_time() - before)) / 400 * 1e6)
+    return sorted(rounds)[len(rounds) // 2]
+
+
+@pytest.mark.serial
+async def test_the_guard_costs_little_on_a_healthy_call() -> None:
+    """CPU, not time: a machine under load is not the guard's fault. The promise is 50 µs; 150 for a slow machine."""
+    found = await cost_us(Guard("cheap", "payment", GuardRules(retries_max=2)))
+    assert found < 150, f"{found:.1f} µs"
+
+
+@pytest.mark.serial
+async def test_the_guard_of_a_shared_breaker_costs_little_on_a_healthy_call(redis_url: str) -> None:
+    """Reports included: calls overlap here as they would in a sale, so many reports share a round trip."""
+    link = Link(redis_url, name="test")
+    await link.start()
+    guard = Guard("cheap", "payment", GuardRules(retries_max=2, breaker=Rules(window_ms=600_000)))
+    breaker = guard.share(Scripts(link), who="w1", history_max=100)
+    await breaker.look()
+
+    async def send() -> Answer[int]:
+        await asyncio.sleep(0)
+        return Done(1)
+
+    async def caller(times: int) -> None:
+        for _ in range(times):
+            await guard.call("create", send)
+
+    calls, turns, before = 8_000, breaker.turns, time.process_time()
+    await asyncio.gather(*(caller(calls // 32) for _ in range(32)))
+    await breaker.idle()
+    found = (time.process_time() - before) / calls * 1e6
+    turns = breaker.turns - turns
+    assert breaker.counts().calls == calls
+    assert turns < calls / 10
+    assert found < 300, f"{found:.1f} µs"
+    await link.close()
