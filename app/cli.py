@@ -175,6 +175,31 @@ def migrate(
     print("up to date" if not missing else f"{len(missing)} run, up to date")
 
 
+def _with_stores(settings: Settings, *needed: Literal["database", "redis"]) -> Settings:
+    """The addresses of these stores: as set, else those of the `fairdrop up` that runs in the data directory."""
+    missing = [name for name in needed if not getattr(settings, f"{name}_url")]
+    if not missing:
+        return settings
+    from app.supervisor import read_urls
+
+    urls = read_urls(settings.data_dir)
+    return settings.model_copy(update={f"{name}_url": str(urls[name]) for name in missing})
+
+
+def _with_pii_keys(settings: Settings) -> Settings:
+    """The keys that seal contacts: as set, else those that `fairdrop up` made in the data directory."""
+    if settings.pii_keys.get_secret_value():
+        return settings
+    from pydantic import SecretStr
+
+    from app.supervisor import made_secrets
+
+    file = made_secrets(settings.data_dir).get("pii_keys")
+    if file is None:
+        raise CannotStart("FAIRDROP_PII_KEYS is missing: contacts could be neither sealed nor found")
+    return settings.model_copy(update={"pii_keys": SecretStr(file.read_text(encoding="ascii").strip())})
+
+
 @app.command("rotate-keys")
 def rotate_keys(
     data_dir: DataDir = None,
@@ -194,23 +219,11 @@ def rotate_keys(
     from app.ledger.engine import create_engine
     from app.sealing import sealing_keys
 
-    settings = _settings(data_dir=data_dir)
-    keys_text, database_url = settings.pii_keys.get_secret_value(), settings.database_url
-    if not database_url:
-        from app.supervisor import read_urls
-
-        database_url = str(read_urls(settings.data_dir)["database"])
-    if not keys_text:
-        from app.supervisor import made_secrets
-
-        file = made_secrets(settings.data_dir).get("pii_keys")
-        if file is None:
-            raise CannotStart("FAIRDROP_PII_KEYS is missing: there is nothing to seal with")
-        keys_text = file.read_text(encoding="ascii").strip()
-    keys = sealing_keys(keys_text)
+    settings = _with_pii_keys(_with_stores(_settings(data_dir=data_dir), "database"))
+    keys = sealing_keys(settings.pii_keys.get_secret_value())
 
     async def run() -> contacts.Resealed:
-        engine = create_engine(settings.model_copy(update={"database_url": database_url}), name="rotate-keys")
+        engine = create_engine(settings, name="rotate-keys")
         try:
             return await contacts.reseal(engine, keys, batch=batch)
         finally:
@@ -300,6 +313,59 @@ def reconcile_bill(
                 f"  {one['what']} {one['kind']}: {one['ref']} ({one['our_id']}), order {one['order_no']}: {amounts}"
             )
     raise typer.Exit(1 if any(row["differences"] or row["state"] != "read" for row in reports) else 0)
+
+
+@app.command()
+def rebuild(
+    sale: Annotated[str, typer.Argument(help="The sale's id.")],
+    data_dir: DataDir = None,
+    reason: Annotated[str, typer.Option(help="For the journal.")] = "by hand",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Make a sale anew in Redis from what Postgres knows, in a new epoch. Workers do it by themselves (see README).
+
+    Orders keep their tickets. Whoever waited, or was claimed and not yet written, is told `lapsed` and may join again.
+    Exit status 1: not done, and why.
+    """
+    import asyncio
+    import json
+    from dataclasses import asdict
+
+    from app import rebuild as rebuilding
+    from app.errors import DidNotHappen, Unknown
+    from app.scripts import Link, Scripts
+
+    settings = _with_pii_keys(_with_stores(_settings(data_dir=data_dir), "database", "redis"))
+
+    async def run() -> rebuilding.Report | None:
+        link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="rebuild")
+        await link.start()
+        try:
+            if not link.connected:
+                raise DidNotHappen(f"Redis cannot be reached: {link.trouble}")
+            return await rebuilding.rebuild(
+                settings, link, Scripts(link), sale, actor="command line", reason=reason
+            )
+        finally:
+            await link.close()
+
+    try:
+        report = asyncio.run(run())
+    except (DidNotHappen, Unknown) as error:
+        print(json.dumps({"rebuilt": False, "why": str(error)}) if as_json else f"not rebuilt: {error}")
+        raise typer.Exit(1) from None
+    if report is None:
+        why = "another process is rebuilding this sale now"
+        print(json.dumps({"rebuilt": False, "why": why}) if as_json else f"not rebuilt: {why}")
+        raise typer.Exit(1)
+    if as_json:
+        print(json.dumps({"rebuilt": True, **asdict(report)}))
+    else:
+        units = ", ".join(f"{sku} {left}" for sku, left in report.units_left.items())
+        print(
+            f"{sale}: epoch {report.epoch} after {report.seconds} s; {report.orders_live} live orders, units left:"
+            f" {units}; {report.claims_drained} claims were still in Redis. Whoever waited is told `lapsed`."
+        )
 
 
 @app.command()

@@ -1,13 +1,15 @@
 """Redis and Postgres compared, all the time: pulses, a restarted Redis armed again, books that agree, sales settled.
 
 A Redis is a sale's home by its run_id. One that restarted from its own log (it was never a replica, and is not
-behind the pulse that Postgres saw) is armed again; any other leaves the sale closed and calls a person: it may have
-lost writes, and only a rebuild may open the sale then.
+behind the pulse that Postgres saw) is armed again; any other leaves the sale shut and calls a person: it may have
+lost writes, and only a rebuild may open the sale then. That is done by itself once the sale has had no home for
+`rebuild_after_s` and no other worker's pulse either: another worker may see the Redis that is its home.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
@@ -22,8 +24,11 @@ from app.keys import SaleKeys
 from app.ledger import course
 from app.ledger.course import Home
 from app.ledger.engine import alone
+from app.ledger.rebuilding import REBUILDING
 from app.purchase.admit import Admitter
+from app.rebuild import NotNow, rebuild
 from app.scripts import Armed, Behind, Gone, Link, NotHome, Old, Pulsed, Scripts
+from app.settings import Settings
 
 NEVER_A_REPLICA = "0" * 40  # master_replid2 of a server that was not promoted
 SURE_AFTER = (
@@ -122,12 +127,16 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
 
 @dataclass
 class Reconciler:
-    """The worker's part of reconcile."""
+    """The worker's part of reconcile. settings: None: sales are never rebuilt by themselves."""
 
     engine: AsyncEngine
     link: Link
     scripts: Scripts
     admitter: Admitter
+    settings: Settings | None = None
+    # sales without a home: the pulse that Postgres had then, when that was, and why
+    _homeless: dict[str, tuple[int, float, str]] = field(default_factory=dict)
+    _rebuilt_at: dict[str, float] = field(default_factory=dict)
     _called: set[tuple[str, str, str]] = field(
         default_factory=set
     )  # alerts already given: (sale, kind, run_id)
@@ -140,6 +149,40 @@ class Reconciler:
             self._called.add(known)
             alert(kind, why, sale=sale, run_id=self.link.run_id, **facts)
 
+    def _lost(self, home: Home, kind: str, why: str, **facts: object) -> None:
+        """The sale has no home in this Redis: a person is called, and a rebuild may come."""
+        ARMED.labels(home.sale).set(0)
+        self._call(kind, f"{why}: the sale is shut until it is rebuilt", home.sale, **facts)
+        known = self._homeless.get(home.sale)
+        if known is None or known[0] != home.pulse:  # or somebody's pulse: its home is elsewhere
+            self._homeless[home.sale] = (home.pulse, time.monotonic(), kind)
+
+    async def mend(self) -> int:
+        """Rebuild sales that have been without a home for long enough. Returns how many."""
+        settings, mended = self.settings, 0
+        if settings is None or not settings.rebuild_auto:
+            return 0
+        now = time.monotonic()
+        for sale, (_, since, kind) in list(self._homeless.items()):
+            if now - since < settings.rebuild_after_s:
+                continue
+            if now - self._rebuilt_at.get(sale, -settings.rebuild_every_min_s) < settings.rebuild_every_min_s:
+                continue
+            self._rebuilt_at[sale] = now
+            try:
+                report = await rebuild(settings, self.link, self.scripts, sale, actor="worker", reason=kind)
+            except NotNow as error:
+                self._call("rebuild_refused", str(error), sale)
+                continue
+            except Exception:
+                del self._rebuilt_at[sale]  # the loop's backoff is enough
+                raise
+            self._homeless.pop(sale, None)
+            if report is not None:
+                mended += 1
+                alert("sale_rebuilt", "a sale was made anew from Postgres", sale=sale, seconds=report.seconds)
+        return mended
+
     async def pulse(self) -> int:
         """One pulse for each sale: first Redis, then Postgres. Arms what restarted. Returns how many sales beat."""
         async with alone(self.engine) as conn:
@@ -148,23 +191,22 @@ class Reconciler:
         for home in homes:
             if home.home is None:
                 continue  # not published to Redis yet
+            if home.home == REBUILDING:
+                self._lost(home, "rebuilding", "a rebuild is under way, or was interrupted")
+                continue
             if home.home != self.link.run_id and not await self._arm(home):
-                ARMED.labels(home.sale).set(0)
                 continue
             answer = await self.scripts.sale_pulse(sale=home.sale, epoch=home.epoch, pulse=home.pulse + 1)
             match answer:
                 case Pulsed():
                     beaten.append((home.sale, home.epoch, answer.pulse))
                     ARMED.labels(home.sale).set(1)
+                    self._homeless.pop(home.sale, None)
                 case Gone():
-                    ARMED.labels(home.sale).set(0)
-                    self._call(
-                        "sale_gone", "Redis has lost a sale: it stays closed until a rebuild", home.sale
-                    )
+                    self._lost(home, "sale_gone", "Redis has lost a sale")
                 case Old():
-                    ARMED.labels(home.sale).set(0)
-                    self._call(
-                        "sale_elsewhere", "Redis and Postgres disagree on a sale's home or epoch", home.sale
+                    self._lost(
+                        home, "sale_elsewhere", "Redis and Postgres disagree on a sale's home or epoch"
                     )
         if beaten:
             async with alone(self.engine) as conn:
@@ -177,10 +219,12 @@ class Reconciler:
         if not self.link.connected:
             raise DidNotHappen("not connected to Redis")
         info = _info(await self.link.call("INFO", "replication"))
-        if info.get("role") != "master" or info.get("master_replid2", NEVER_A_REPLICA) != NEVER_A_REPLICA:
-            self._call(
-                "promoted", "Redis was a replica: it may lack writes, the sale stays closed", home.sale
-            )
+        if info.get("role") != "master":
+            ARMED.labels(home.sale).set(0)
+            self._call("replica", "this Redis is a replica: nothing can be written to it", home.sale)
+            return False
+        if info.get("master_replid2", NEVER_A_REPLICA) != NEVER_A_REPLICA:
+            self._lost(home, "promoted", "Redis was a replica and may lack writes")
             return False
         assert home.home is not None
         answer = await self.scripts.sale_rearm(
@@ -192,19 +236,19 @@ class Reconciler:
             case NotHome() if answer.home == run_id:
                 pass  # another worker was faster, or this one died before it told Postgres
             case Behind():
-                self._call(
+                self._lost(
+                    home,
                     "rolled_back",
-                    "Redis came back with an older state: the sale stays closed until a rebuild",
-                    home.sale,
+                    "Redis came back with an older state",
                     pulse=answer.pulse,
                     pulse_seen=home.pulse,
                 )
                 return False
             case NotHome() | Old() | Gone():
-                self._call(
+                self._lost(
+                    home,
                     "unknown_redis",
-                    "this Redis does not hold the sale as Postgres knows it: it stays closed until a rebuild",
-                    home.sale,
+                    "this Redis does not hold the sale as Postgres knows it",
                     answer=type(answer).__name__,
                 )
                 return False

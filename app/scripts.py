@@ -597,6 +597,14 @@ class Leftover(Answer, frozen=True):
     """Keys of this sale are left without its `sale`: rebuild, or clear them."""
 
 
+class Fenced(Answer, frozen=True):
+    """No script but a rebuild's changes this sale any more."""
+
+
+class Rebuilt(Answer, frozen=True):
+    """The sale is open again, in a new epoch."""
+
+
 class Switched(Answer, frozen=True):
     """Live for every front door at its next look."""
 
@@ -896,6 +904,15 @@ SALE_PUBLISH: Script[Published | Already | Other | Leftover] = Script(
     keys="sale stock buyers orders asks items...",
     args="epoch home now_ms sale_id seed_hash group n pairs...",
     answers=(Published, Already, Other, Leftover),
+)
+SALE_FENCE: Script[Gone | Fenced | Other] = Script(
+    "sale_fence", keys="sale", args="epoch", answers=(Gone, Fenced, Other)
+)
+SALE_REBUILD: Script[Rebuilt | Already | Other] = Script(
+    "sale_rebuild",
+    keys="sale stock buyers orders asks items...",
+    args="epoch home now_ms sale_id seed_hash group n pairs...",
+    answers=(Rebuilt, Already, Other),
 )
 SALE_SWITCH: Script[Gone | Old | Switched | Stale | ClosedForGood] = Script(
     "sale_switch",
@@ -1225,22 +1242,56 @@ class Scripts:
         now_ms: int = 0,
     ) -> Published | Already | Other | Leftover:
         """Make a sale known to Redis, once. fields: `epoch` and SALE_FIELDS at least."""
+        pairs: list[Arg] = []
+        for sku, units in items:
+            pairs += (sku, units)
+        return await self._run(
+            SALE_PUBLISH, *self._making(sale, fields, [sku for sku, _ in items], seed_hash, now_ms, pairs)
+        )
+
+    async def sale_fence(self, *, sale: str, epoch: int) -> Gone | Fenced | Other:
+        """Shut a sale before it is rebuilt. epoch: the one that Postgres knows."""
+        return await self._run(SALE_FENCE, (sale_keys(sale).sale,), (epoch,))
+
+    async def sale_rebuild(
+        self,
+        *,
+        sale: str,
+        fields: Mapping[str, str | int | bytes],
+        items: Sequence[tuple[str, int, int, str, bool]],
+        seed_hash: str,
+        now_ms: int = 0,
+    ) -> Rebuilt | Already | Other:
+        """Open a sale again. fields: as of sale_publish. items: (sku, units, first seq, starts, paused)."""
+        pairs: list[Arg] = []
+        for sku, units, first, starts, paused in items:
+            pairs += (sku, units, first, starts, int(paused))
+        return await self._run(
+            SALE_REBUILD, *self._making(sale, fields, [item[0] for item in items], seed_hash, now_ms, pairs)
+        )
+
+    def _making(
+        self,
+        sale: str,
+        fields: Mapping[str, str | int | bytes],
+        skus: Sequence[str],
+        seed_hash: str,
+        now_ms: int,
+        pairs: list[Arg],
+    ) -> tuple[Sequence[str], Sequence[Arg]]:
+        """Keys and arguments of the scripts that bring a sale into being."""
         missing = (SALE_FIELDS | {"epoch"}) - fields.keys()
         if missing:
-            raise ValueError(f"sale_publish: missing fields {sorted(missing)}")
+            raise ValueError(f"a sale misses the fields {sorted(missing)}")
         k = sale_keys(sale)
         defaults: dict[str, str | int | bytes] = {
             "state_word": "scheduled", "paused": 0, "closed": 0, "beacon_value": "", "message": "", "pulse": 0
         }  # fmt: skip
-        pairs: list[Arg] = []
-        for sku, units in items:
-            pairs += (sku, units)
         for field, value in (defaults | dict(fields)).items():
             pairs += (field, value)
-        return await self._run(
-            SALE_PUBLISH,
-            (k.sale, k.stock, k.buyers, k.orders, k.asks, *[k.item(sku) for sku, _ in items]),
-            (str(fields["epoch"]), self.link.run_id, now_ms, sale, seed_hash, GROUP, len(items), *pairs),
+        return (
+            (k.sale, k.stock, k.buyers, k.orders, k.asks, *[k.item(sku) for sku in skus]),
+            (str(fields["epoch"]), self.link.run_id, now_ms, sale, seed_hash, GROUP, len(skus), *pairs),
         )
 
     async def sale_switch(

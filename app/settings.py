@@ -249,6 +249,17 @@ class Settings(BaseSettings):
     )
     reconcile_every_s: float = Field(10.0, description="s between two comparisons of Redis and Postgres")
     pulse_every_s: float = Field(1.0, description="s between two pulses (rollback detection)")
+    rebuild_auto: bool = Field(
+        True, description="make a sale anew from Postgres when its Redis was lost, promoted or rolled back"
+    )
+    rebuild_after_s: float = Field(
+        3.0, ge=0, description="s a sale has no home, and no worker's pulse, before it is rebuilt by itself"
+    )
+    rebuild_every_min_s: float = Field(
+        30.0,
+        ge=0,
+        description="s between two rebuilds of one sale by one worker: two Redis must not take turns",
+    )
     pay_concurrency: int = Field(32, description="payment calls under way at once")
     tell_concurrency: int = Field(32, description="SMS calls under way at once")
     sms_ttl_s: int = Field(900, description="s after which an unsent SMS is dropped")

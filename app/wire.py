@@ -2,7 +2,7 @@
 
 A hot request is one that the application answers from its head and a small body alone. It takes no part of ASGI: no
 scope, no task, no event, no two messages to send; its answer is one write. uvicorn's own parser and framing stay
-(docs/adr/0006 has the numbers), and whatever is out of the ordinary goes its ordinary way: another version than
+(docs/adr/0008 has the numbers), and whatever is out of the ordinary goes its ordinary way: another version than
 HTTP/1.1, `Connection: close`, `Expect`, a chunked or a large body, a request that arrives while another is being
 answered, a client that does not read.
 """

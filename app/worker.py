@@ -59,6 +59,7 @@ COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
 SETTLE_EVERY_S = 2.0
 BILLS_EVERY_S = 30.0  # between two looks for a bill to be read
 BILLS_AGAIN_EVERY_S = 3_600.0  # between two comparisons of days that differ
+MEND_EVERY_S = 0.5  # between two looks for a sale without a home
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
 OUTAGES_EVERY_S = 1.0
@@ -323,7 +324,7 @@ class Worker:
         self.extender = Extender(self.engine, self.providers, settings)
         self.advisor = Advisor(self.engine, self.link, self.scripts, self.providers, self.admitter, settings)
         self.biller = Biller(self.engine, self.providers, settings)
-        self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter)
+        self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter, settings)
 
     async def _clear(self, order_no: str) -> Any:
         return await pay.clear_attempts(self.engine, self.providers, order_no)
@@ -380,6 +381,7 @@ class Worker:
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)
                 loop("events", self.number_events, EVENTS_EVERY_S)
                 loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)
+                loop("rebuild", once(self.reconciler.mend), MEND_EVERY_S)
                 loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
                 loop("bills", self.biller.turn, BILLS_EVERY_S)
                 loop("bills-again", self.biller.again, BILLS_AGAIN_EVERY_S)

@@ -26,28 +26,11 @@ end
 if redis.call('EXISTS', unpack(KEYS)) > 0 then
   return {'LEFTOVER'}
 end
-local now = tonumber(ARGV[3])
-if now == 0 then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
-end
+--@ part make
 local n = tonumber(ARGV[7])
-local burst = 0
-for i = 8 + 2 * n, #ARGV, 2 do
-  if ARGV[i] == 'burst' then
-    burst = tonumber(ARGV[i + 1])
-  end
-end
-redis.call('XGROUP', 'CREATE', KEYS[4], ARGV[6], '0', 'MKSTREAM')
-redis.call('XGROUP', 'CREATE', KEYS[5], ARGV[6], '0', 'MKSTREAM')
+make_streams()
 for i = 1, n do
-  local sku, units = ARGV[6 + 2 * i], ARGV[7 + 2 * i]
-  local chain = redis.sha1hex('fairdrop:1:' .. ARGV[4] .. ':' .. sku .. ':' .. ARGV[1] .. ':' .. ARGV[5])
-  redis.call('HSET', KEYS[2], sku, units)
-  redis.call('HSET', KEYS[5 + i], 'next_seq', 1, 'served', 0, 'early', 0, 'chain', chain, 'drawn', 0, 'drawn_n', 0,
-    'drawn_key', '', 'beacon_used', '', 'dead_seq', 0, 'paused', 0)
+  make_item(i, ARGV[6 + 2 * i], ARGV[7 + 2 * i], 1, '', 0)
 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 8 + 2 * n))
-redis.call('HSET', KEYS[1], 'fmt', 1, 'epoch', ARGV[1], 'home', ARGV[2], 'seed_hash', ARGV[5], 'last_ms', now,
-  'tokens_micro', burst * 1000000, 'opened', 0)
+make_sale(8 + 2 * n)
 return {'PUBLISHED'}

@@ -348,6 +348,15 @@ async def revive(conn: AsyncConnection, number: str) -> Row | None:
     return row
 
 
+async def is_current(conn: AsyncConnection, row: Mapping[str, Any]) -> bool:
+    """Whether the item is still in the epoch of this order, which stays so until the transaction ends."""
+    found = await conn.execute(
+        text("SELECT 1 FROM item WHERE sale = :sale AND sku = :sku AND epoch = :epoch FOR UPDATE"),
+        {"sale": row["sale"], "sku": row["sku"], "epoch": row["epoch"]},
+    )
+    return found.first() is not None
+
+
 async def release_again(conn: AsyncConnection, number: str) -> Row | None:
     """Units that late money took again in Redis, and Postgres then refused, go back. None: the order has not ended."""
     row = await _one(conn, "version = version + 1", "state IN ('expired', 'cancelled')", order_no=number)

@@ -100,6 +100,9 @@ item = sa.Table(
     sa.Column(
         "paused_at", At
     ),  # set when Postgres refused for lack of stock: an alert, admission of the item stops
+    sa.Column(
+        "epoch_starts", JSONB
+    ),  # [[epoch, first seq], …] of every epoch but the first; null: no rebuild
     sa.CheckConstraint("reserved >= 0 AND sold >= 0 AND reserved + sold <= total", name="never_oversold"),
     sa.CheckConstraint("price_minor >= 0", name="price_not_negative"),
     sa.UniqueConstraint("sale", "position", name="one_item_a_position"),

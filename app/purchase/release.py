@@ -504,7 +504,10 @@ async def _own_again(
     try:
         async with engine.begin() as conn:
             row = await orders.lock(conn, order_no)
-            if row is not None and row["state"] in ("expired", "cancelled"):
+            here = row is not None and await orders.is_current(
+                conn, row
+            )  # else a rebuild counted its units as free
+            if here and row is not None and row["state"] in ("expired", "cancelled"):
                 await orders.revive(conn, order_no)
                 await kept(conn)
                 return "kept"

@@ -162,7 +162,10 @@ class Tracker:
             raise refuse("no_such_ticket") if self._snapshots.known_absent(ticket.sale) else stale()
         if ticket.item >= len(view.order):
             raise refuse("no_such_ticket")
-        return ticket, view, view.order[ticket.item]
+        item = view.order[ticket.item]
+        if ticket.epoch < view.epoch and item.goes_on(ticket.epoch, ticket.seq):
+            ticket = ticket._replace(epoch=view.epoch)
+        return ticket, view, item
 
     def owns(self, ticket: Ticket, item: ItemView, buyer_id: bytes) -> bool:
         """Whether the ticket is this buyer's: told from the token alone."""

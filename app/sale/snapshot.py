@@ -45,6 +45,7 @@ _ITEM_FIELDS = (
     "beacon_used",
     "dead_seq",
     "paused",
+    "starts",
 )
 
 
@@ -99,6 +100,7 @@ class ItemView:
         "served",
         "shown",
         "sku",
+        "starts",
         "total",
         "units_left",
     )
@@ -121,6 +123,7 @@ class ItemView:
         self.beacon_used = ""
         self.dead_seq = 0
         self.paused = False
+        self.starts: list[tuple[int, int]] = []  # (epoch, its first seq), oldest first; empty: no rebuild yet
         self.left = LeftTickets()
         self.shown: tuple[Any, ...] = ()  # what public documents were built from
         # ranks served in a second: what half and what nine tenths of the last seconds reached
@@ -130,7 +133,9 @@ class ItemView:
 
     def take(self, fields: Sequence[bytes | None], now_ms: int) -> None:
         """Take over one look at `item:<sku>`. Numbers that only rise never go back."""
-        next_seq, served, early, chain, drawn, drawn_n, drawn_key, beacon_used, dead_seq, paused = fields
+        next_seq, served, early, chain, drawn, drawn_n, drawn_key, beacon_used, dead_seq, paused, starts = (
+            fields
+        )
         self.next_seq = max(self.next_seq, _int(next_seq, 1))
         self.early = _int(early)
         self.chain = _text(chain)
@@ -143,6 +148,9 @@ class ItemView:
         self.served = max(self.served, _int(served))
         self.dead_seq = max(self.dead_seq, _int(dead_seq))
         self.paused = paused == b"1"
+        if starts and not self.starts:  # fixed when the epoch begins
+            pairs = (start.split(b":") for start in starts.split(b","))
+            self.starts = [(int(epoch), int(seq)) for epoch, seq in pairs]
         if not self._points or now_ms - self._points[-1][0] >= RATE_EVERY_MS:
             self._points.append((now_ms, self.served))
             self._measure()
@@ -171,6 +179,16 @@ class ItemView:
         if seq > self.drawn_n:
             return seq
         return draw.rank_of(seq, self.drawn_n, self.round_keys)
+
+    def goes_on(self, epoch: int, seq: int) -> bool:
+        """Whether a ticket of an earlier epoch may have been taken along by the rebuilds since: Redis knows it then.
+
+        A seq belongs to the epoch that gave it out. One that was given in an epoch and lost is given again in a later
+        one, to somebody else: the older ticket must not be taken for that.
+        """
+        if not self.starts or seq >= self.starts[-1][1]:
+            return False
+        return next((begun for begun, first in reversed(self.starts) if first <= seq), 1) <= epoch
 
     @property
     def waiting(self) -> int:

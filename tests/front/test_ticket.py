@@ -14,6 +14,7 @@ import pytest
 
 from app.draw import rank_of, round_keys
 from app.keys import SaleKeys
+from app.scripts import Fenced, Rebuilt
 from tests.front.conftest import Front, Open, Shop, until
 from tests.front.wire import crowd, get_bytes, join_bytes
 
@@ -401,3 +402,49 @@ async def test_a_winner_is_told_that_payment_is_out_of_order_and_that_the_deadli
     assert told["order"]["extended_s"] == 300
     await shop.mark("x", 1, b"p", version=4, payment={"state": "paid"}, order={"extended_s": 300})
     assert "notice" not in (await front.poll(ticket, "ann")).json()
+
+
+async def test_after_a_rebuild_a_winner_keeps_the_ticket_and_the_others_have_lapsed(
+    front: Front, shop: Shop, seen: Seen
+) -> None:
+    await shop.publish(units=2, opens_in_s=-1)
+    await seen()
+    ann, bob = [(await front.join("x", buyer)).json()["ticket"] for buyer in ("ann", "bob")]
+    await shop.mark("x", 1, b"r")
+    keys = SaleKeys("x")
+    status = await shop.link.call("HGET", keys.status, "A:1")
+    sale = await shop.link.call("HGETALL", keys.sale)
+    fields = {name.decode(): value for name, value in zip(sale[::2], sale[1::2], strict=True)} | {"epoch": 2}
+    hashed = fields.pop("seed_hash").decode()
+    # What `fairdrop rebuild` leaves behind when bob's claim was lost with Redis: ann's order, and seqs from 2 on.
+    assert await shop.scripts.sale_fence(sale="x", epoch=1) == Fenced()
+    assert (await front.join("x", "cid")).json()["code"] == "busy"
+    lost = [keys.sale, keys.buyers, keys.status, keys.outcome("A")]
+    await shop.link.pipeline(
+        [
+            ("UNLINK", *lost),
+            ("HSET", keys.buyers, "ann", "A:1:1"),
+            ("HSET", keys.status, "A:1", status),
+            ("SET", keys.outcome("A"), b"r"),
+        ]
+    )
+    items = [("A", 1, 2, "2:2", False), ("B", 2, 1, "2:1", False)]
+    for name in ("fmt", "home", "last_ms", "tokens_micro", "opened"):
+        fields.pop(name)
+    assert (
+        await shop.scripts.sale_rebuild(sale="x", fields=fields, items=items, seed_hash=hashed) == Rebuilt()
+    )
+    await seen(true=lambda view: view.epoch == 2)
+    told = (await front.poll(ann, "ann")).json()
+    assert (told["state"], told["order"]["state"], told["ticket"]) == ("reserved", "reserved", ann)
+    assert (await front.poll(bob, "bob")).json()["state"] == "lapsed"
+    new = (await front.join("x", "cid")).json()
+    assert (new["state"], new["seq"]) == ("claimed", 2)  # bob's seq, given once more
+    told = (await front.poll(bob, "bob")).json()
+    assert (told["state"], told["order"]) == ("lapsed", None)
+    held = await front.join("x", "ann")
+    assert (held.status_code, held.json()["seq"], held.json()["state"]) == (200, 1, "reserved")
+    assert held.json()["ticket"] != ann  # signed in the new epoch; both are good
+    assert (await front.poll(held.json()["ticket"], "ann")).json()["order"]["state"] == "reserved"
+    gone = await front.http.delete(f"/v1/tickets/{ann}", headers={"X-Buyer-Id": "ann"})
+    assert (gone.status_code, gone.json()["leaving"]) == (202, True)

@@ -43,6 +43,7 @@ class Shop:
     scripts: Scripts
     skus: tuple[str, ...] = ("A",)
     cleared: str = "clear"  # what the supplier says of any order
+    epoch: int = 1  # of the sale, for joins
     attempts: list[tuple[str, PayAsk]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class Shop:
         self.releaser = Releaser(
             self.engine, self.link, self.scripts, self.settings, self._clear, self._start_attempt
         )
-        self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter)
+        self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter, self.settings)
 
     async def _clear(self, order_no: str) -> Any:
         return self.cleared
@@ -136,7 +137,12 @@ class Shop:
             raw = name.encode()
             rows.append((raw, units, again, raw.rjust(10, b"#")[-10:]))
         answer = await self.scripts.line_join(
-            sale=SALE, epoch=1, sku=sku or self.skus[0], skus=self.skus, buyers=rows, backlog_max=1_000_000
+            sale=SALE,
+            epoch=self.epoch,
+            sku=sku or self.skus[0],
+            skus=self.skus,
+            buyers=rows,
+            backlog_max=1_000_000,
         )
         assert isinstance(answer, Joined), answer
         return answer.answers

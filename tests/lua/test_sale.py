@@ -43,7 +43,7 @@ async def test_publishing_writes_the_whole_sale(stage: Stage) -> None:
     assert await stage.units_left("A") == await stage.units_left("B") == 7
     assert await stage.item("B") == {
         "next_seq": "1", "served": "0", "early": "0", "chain": chain_start("x", "B", 1, seed_hash(SEED)),
-        "drawn": "0", "drawn_n": "0", "drawn_key": "", "beacon_used": "", "dead_seq": "0", "paused": "0",
+        "drawn": "0", "drawn_n": "0", "drawn_key": "", "beacon_used": "", "dead_seq": "0", "paused": "0", "starts": "",
     }  # fmt: skip
     for stream in (stage.keys.orders, stage.keys.asks):
         (group,) = await stage.link.call("XINFO", "GROUPS", stream)

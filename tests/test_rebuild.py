@@ -1,0 +1,408 @@
+"""A sale made anew from Postgres: orders keep their tickets, units are counted once, whatever was lost or came late."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from app import rebuild as rebuilding
+from app.ledger import confirming, orders
+from app.rebuild import NotNow, Report, rebuild
+from app.sale.snapshot import ItemView
+from app.scripts import Claimed, Gone, Has, Old, Waits
+from tests.ledger.shop import SALE, Shop, open_shop, until
+
+
+@pytest.fixture
+async def shop(redis_url: str, database_url: str):  # type: ignore[no-untyped-def]
+    async with open_shop(redis_url, database_url, rebuild_after_s=0.0, rebuild_every_min_s=0.0) as shop:
+        yield shop
+
+
+async def anew(shop: Shop) -> Report:
+    report = await rebuild(shop.settings, shop.link, shop.scripts, SALE, actor="test", reason="test")
+    assert report is not None
+    shop.epoch = report.epoch
+    await shop.admitter.look()
+    return report
+
+
+async def lose_everything(shop: Shop) -> None:
+    await shop.link.call("FLUSHALL")
+
+
+async def keep(shop: Shop) -> list[tuple[bytes, bytes]]:
+    """Every key of Redis as it is now: what an older log or a lagging replica would bring back."""
+    names = await shop.link.call("KEYS", "*")
+    dumps = await shop.link.pipeline([("DUMP", name) for name in names])
+    return list(zip(names, dumps, strict=True))
+
+
+async def bring_back(shop: Shop, kept: list[tuple[bytes, bytes]]) -> None:
+    await shop.link.call("FLUSHALL")
+    for reply in await shop.link.pipeline([("RESTORE", name, 0, dump) for name, dump in kept]):
+        assert reply == b"OK", reply
+
+
+async def told_as_it_is(shop: Shop) -> None:
+    """Every live order is what its ticket in Redis says, by byte and by status; nobody else holds a live ticket."""
+    rows = await shop.orders()
+    for row in rows:
+        assert await shop.byte(row["seq"], row["sku"]) == orders.byte_of(row).encode(), dict(row)
+        status = await shop.told(row["seq"], row["sku"])
+        assert status is not None
+        assert status[1] == orders.byte_of(row).encode()
+        assert status[2]["order"]["state"] == row["state"]
+
+
+async def test_after_a_total_loss_orders_keep_their_tickets_and_the_rest_lapses(shop: Shop) -> None:
+    await shop.publish(3)
+    seqs = await shop.claim("ann", "bob")
+    await shop.confirm()
+    (cid,) = await shop.claim("cid")  # claimed, not written: lost with Redis
+    await lose_everything(shop)
+    report = await anew(shop)
+    assert (report.epoch, report.orders_live, report.units_left, report.claims_drained) == (2, 2, {"A": 1}, 0)
+    assert [await shop.byte(seq) for seq in seqs] == [b"r", b"r"]
+    assert await shop.byte(cid) in (b"", b"\0")  # told as lapsed
+    await told_as_it_is(shop)
+    (ann,) = await shop.join("ann")
+    assert isinstance(ann, Has)
+    assert (ann.seq, ann.byte) == (seqs[0], b"r")
+    (again,) = await shop.join("cid")
+    assert again == Claimed(cid)  # the seq is given once more, in the new epoch
+    assert await shop.confirm() == 1
+    await shop.conserved()
+    await told_as_it_is(shop)
+
+
+async def test_claims_that_redis_still_holds_become_orders_first(shop: Shop) -> None:
+    await shop.publish(3)
+    await shop.claim("ann", "bob")
+    report = await anew(shop)
+    assert (report.claims_drained, report.orders_live, report.units_left) == (2, 2, {"A": 1})
+    await told_as_it_is(shop)
+    await shop.conserved()
+
+
+async def test_an_older_redis_gives_nothing_twice(shop: Shop) -> None:
+    await shop.publish(3)
+    await shop.claim("ann")
+    older = await keep(shop)
+    await shop.claim("bob", "cid")
+    await shop.confirm()
+    await shop.sql("UPDATE purchase_order SET state = 'paid' WHERE buyer_id = 'bob'")
+    await shop.sql("UPDATE item SET reserved = reserved - 1, sold = sold + 1")
+    await bring_back(shop, older)  # two units more than there are, and ann's claim once more
+    report = await anew(shop)
+    assert report.units_left == {"A": 0}
+    assert report.claims_drained == 1
+    assert len(await shop.orders()) == 3
+    await told_as_it_is(shop)
+    await shop.conserved()
+
+
+async def test_a_worker_sees_it_and_mends_it_by_itself(shop: Shop) -> None:
+    await shop.publish(3)
+    await shop.claim("ann")
+    await shop.confirm()
+    await shop.reconciler.pulse()
+    await lose_everything(shop)
+    assert await shop.reconciler.mend() == 0  # not known yet
+    assert await shop.reconciler.pulse() == 0
+    assert await shop.reconciler.mend() == 1
+    assert await shop.reconciler.pulse() == 1
+    (row,) = await shop.sql("SELECT epoch, home FROM sale")
+    assert (row["epoch"], row["home"]) == (2, shop.link.run_id)
+    await told_as_it_is(shop)
+    (entry,) = await shop.sql("SELECT action, detail FROM journal")
+    assert entry["action"] == "sale.rebuild"
+    assert entry["detail"]["orders_live"] == 1
+
+
+async def test_while_another_workers_pulse_goes_on_nothing_is_rebuilt(shop: Shop) -> None:
+    await shop.publish(3)
+    shop.settings.rebuild_after_s = 0.2
+    await lose_everything(shop)
+    for pulse in range(1, 6):  # somebody's Redis is well: ours is the wrong one
+        await shop.sql(f"UPDATE sale SET pulse = {pulse}")
+        await shop.reconciler.pulse()
+        await asyncio.sleep(0.06)
+        assert await shop.reconciler.mend() == 0
+    assert (await shop.sql("SELECT epoch FROM sale"))[0]["epoch"] == 1
+
+
+async def test_a_rebuild_that_dies_leaves_the_sale_shut_and_the_next_one_begins_again(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(5)
+    await shop.claim("ann", "bob")
+    await shop.confirm()
+
+    async def die(*_: Any) -> None:
+        raise ConnectionResetError("died")
+
+    for step in ("_begin", "_load", "_write", "_open"):
+        with monkeypatch.context() as broken, pytest.raises(ConnectionResetError):
+            broken.setattr(rebuilding, step, die)
+            await anew(shop)
+        shop.epoch = (await shop.sql("SELECT epoch FROM sale"))[0]["epoch"]
+        shut = await shop.scripts.line_join(
+            sale=SALE, epoch=shop.epoch, sku="A", skus=("A",), buyers=[(b"cid", 1, False, b"#" * 10)], backlog_max=9
+        )  # fmt: skip
+        assert isinstance(shut, Old | Gone), step
+    await shop.reconciler.pulse()
+    assert await shop.reconciler.mend() == 1
+    await told_as_it_is(shop)
+    await shop.conserved()
+
+
+async def test_one_rebuilds_and_the_other_leaves_it_alone(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(3)
+    going, go_on = asyncio.Event(), asyncio.Event()
+    real = rebuilding._load
+
+    async def slow(*given: Any) -> int:
+        going.set()
+        await go_on.wait()
+        return await real(*given)
+
+    monkeypatch.setattr(rebuilding, "_load", slow)
+    first = asyncio.create_task(anew(shop))
+    await going.wait()
+    assert await rebuild(shop.settings, shop.link, shop.scripts, SALE, actor="b", reason="b") is None
+    go_on.set()
+    assert (await first).epoch == 2
+
+
+async def test_a_postgres_that_knows_less_than_redis_is_not_believed(shop: Shop) -> None:
+    await shop.publish(3)
+    await shop.link.call("HSET", shop.keys.sale, "epoch", 7)
+    with pytest.raises(NotNow, match="lost writes"):
+        await anew(shop)
+    assert await shop.link.call("HGET", shop.keys.sale, "home") == shop.link.run_id.encode()
+    await shop.sql("UPDATE sale SET state = 'settled'")
+    with pytest.raises(NotNow, match="nothing to rebuild"):
+        await anew(shop)
+
+
+async def test_releases_and_top_ups_of_the_epoch_before_are_counted_and_never_told(shop: Shop) -> None:
+    await shop.publish(5)
+    await shop.claim("ann", "bob")
+    await shop.confirm()
+    (ann, _) = await shop.orders()
+    async with shop.engine.begin() as conn:
+        await orders.cancel(conn, ann["order_no"], "operator")
+    await shop.sql("UPDATE item SET total = total + 2")
+    await shop.sql(
+        "INSERT INTO outbox (kind, sale, epoch, payload) VALUES"
+        ' (\'stock_add\', :sale, 1, CAST(\'{"sku": "A", "units": 2, "id": "t1"}\' AS jsonb))',
+        sale=SALE,
+    )
+    report = await anew(shop)
+    assert report.units_left == {"A": 6}
+    assert report.outbox_dropped >= 2
+    await shop.relay()
+    assert await shop.left() == 6
+    await told_as_it_is(shop)
+    await shop.conserved()
+
+
+async def test_an_order_that_ends_during_the_rebuild_gives_its_unit_back_once(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(2)
+    await shop.claim("ann", "bob")
+    await shop.confirm()
+    (ann, bob) = await shop.orders()
+    real = rebuilding._load
+
+    async def late(*given: Any) -> int:
+        async with shop.engine.begin() as conn:
+            await orders.cancel(conn, ann["order_no"], "operator")
+            await orders.pay(conn, bob["order_no"])
+        await shop.relay()  # nobody is told: the sale has no hash
+        return await real(*given)
+
+    monkeypatch.setattr(rebuilding, "_load", late)
+    await anew(shop)
+    await shop.sql("UPDATE outbox SET leased_until = NULL")
+    await shop.relay()
+    assert await shop.left() == 1
+    await told_as_it_is(shop)
+    await shop.conserved()
+
+
+async def test_late_money_of_the_epoch_before_is_refused_not_given_a_unit_twice(shop: Shop) -> None:
+    await shop.publish(1)
+    await shop.claim("ann")
+    await shop.confirm()
+    (ann,) = await shop.orders()
+    async with shop.engine.begin() as conn:
+        await orders.cancel(conn, ann["order_no"], "operator")
+    await anew(shop)
+    said: list[str] = []
+
+    def note(word: str) -> Callable[[Any], Awaitable[None]]:
+        async def noted(_: Any) -> None:
+            said.append(word)
+
+        return noted
+
+    assert (
+        await shop.releaser.settle_late(ann["order_no"], kept=note("kept"), refused=note("refused"))
+        == "refused"
+    )
+    assert said == ["refused"]
+    await shop.claim("bob")
+    await shop.confirm()
+    await shop.conserved()
+
+
+async def test_a_claim_that_is_being_written_when_the_epoch_changes_is_taken_along(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(3)
+    await shop.claim("ann")
+    entries = await shop.read()
+    await lose_everything(shop)  # only this worker knows of the claim
+    counted, go_on = asyncio.Event(), asyncio.Event()
+    real = confirming.reserve
+
+    async def slow(*given: Any) -> bool:
+        done = await real(*given)
+        counted.set()
+        await go_on.wait()  # the item is locked, nothing is committed
+        return done
+
+    monkeypatch.setattr(confirming, "reserve", slow)
+    writing = asyncio.create_task(shop.confirmer.confirm(SALE, entries))
+    await counted.wait()
+    building = asyncio.create_task(anew(shop))
+
+    async def blocked() -> bool:
+        waits = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'rebuild'"
+        )
+        return bool(await shop.sql(waits))
+
+    await until(blocked, "the rebuild waits for the item")
+    go_on.set()
+    report = await building
+    await asyncio.gather(writing, return_exceptions=True)
+    assert (report.orders_live, report.units_left) == (1, {"A": 2})
+    await told_as_it_is(shop)
+    await shop.conserved()
+
+
+async def test_a_claim_whose_units_were_not_counted_yet_is_refused_and_costs_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(3)
+    await shop.claim("ann")
+    entries = await shop.read()
+    await lose_everything(shop)
+    written, go_on = asyncio.Event(), asyncio.Event()
+    real = confirming.reserve
+
+    async def late(*given: Any) -> bool:
+        written.set()
+        await go_on.wait()
+        return await real(*given)
+
+    monkeypatch.setattr(confirming, "reserve", late)
+    writing = asyncio.create_task(shop.confirmer.confirm(SALE, entries))
+    await written.wait()
+    report = await anew(shop)
+    go_on.set()
+    assert await writing == 1
+    assert (report.orders_live, report.units_left) == (0, {"A": 3})
+    assert await shop.orders() == []
+    (refused,) = await shop.sql("SELECT reason, returned FROM refused_claim")
+    assert (refused["reason"], refused["returned"]) == ("old_epoch", False)
+    await shop.conserved()
+
+
+async def test_claims_written_while_the_epoch_changes_are_all_told_or_all_refused(shop: Shop) -> None:
+    await shop.publish(100)
+    for round_ in range(3):
+        names = [f"b{round_}-{number}" for number in range(20)]
+        await shop.claim(*names)
+        entries = await shop.read()
+        batches = [entries[at : at + 4] for at in range(0, len(entries), 4)]
+        await asyncio.gather(
+            anew(shop), *(shop.confirmer.confirm(SALE, batch, careful=True) for batch in batches)
+        )
+        await told_as_it_is(shop)
+        await shop.conserved()
+    counted = await shop.item()
+    assert counted["reserved"] == len(await shop.orders()) == 60
+
+
+STEPS = ("join", "join", "join", "confirm", "end", "relay", "keep", "lose", "roll back", "rebuild")
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_units_are_counted_once(shop: Shop, seed: int) -> None:
+    chance = random.Random(seed)
+    await shop.publish({"A": 12, "B": 5})
+    buyers, older = iter(range(1_000)), await keep(shop)
+    for _ in range(30):
+        sku = chance.choice(("A", "B"))
+        match chance.choice(
+            ("join", "join", "join", "confirm", "end", "relay", "keep", "lose", "roll back", "rebuild")
+        ):
+            case "join":
+                await shop.join(*(f"b{next(buyers)}" for _ in range(chance.randint(1, 4))), sku=sku)
+            case "confirm":
+                await shop.confirm()
+            case "end":
+                live = [row for row in await shop.orders() if row["state"] == "reserved"]
+                if live:
+                    row = chance.choice(live)
+                    async with shop.engine.begin() as conn:
+                        if chance.random() < 0.5:
+                            await orders.cancel(conn, row["order_no"], "operator")
+                        else:
+                            await orders.pay(conn, row["order_no"])
+            case "relay":
+                await shop.relay()
+            case "keep":
+                older = await keep(shop)
+            case "lose":
+                await lose_everything(shop)
+                await anew(shop)
+            case "roll back":
+                epoch = shop.epoch
+                await bring_back(shop, older)
+                await anew(shop)
+                assert shop.epoch == epoch + 1
+            case "rebuild":
+                await anew(shop)
+        for counted in await shop.sql("SELECT * FROM item"):
+            assert counted["reserved"] + counted["sold"] <= counted["total"]
+    await anew(shop)
+    await told_as_it_is(shop)
+    await shop.conserved()
+    live = [row["buyer_id"] for row in await shop.orders() if row["state"] in ("reserved", "paid")]
+    assert len(live) == len(set(live))
+    given = max((row["seq"] for row in await shop.orders() if row["sku"] == "A"), default=0)
+    (fresh,) = await shop.join("late", sku="A")
+    assert not isinstance(fresh, Claimed | Waits) or fresh.seq > given
+
+
+def test_a_ticket_goes_on_only_if_its_own_epoch_gave_out_its_seq() -> None:
+    item = ItemView("x", "A", 0)
+    assert not item.goes_on(1, 1)  # no rebuild: nothing of another epoch
+    item.starts = [(2, 100), (3, 100), (4, 250)]  # nothing was ordered in epoch 2
+    cases = {
+        (1, 99): True, (1, 100): False, (1, 150): False,  # 150 was given in epoch 1, lost, and given again in epoch 3
+        (2, 99): True, (2, 150): False, (3, 150): True, (3, 99): True, (3, 249): True, (3, 250): False,
+    }  # fmt: skip
+    assert {case: item.goes_on(*case) for case in cases} == cases
