@@ -32,6 +32,9 @@ class Result:
     statuses: Counter[int] = field(default_factory=Counter)
     by_status: dict[int, list[float]] = field(default_factory=dict)  # latencies in ms
     samples: int = 0
+    in_time: Counter[int] = field(
+        default_factory=Counter
+    )  # open loop: answers that came before the last was due
     unsent: int = 0  # open loop: requests whose time had come and that found no free connection until the end
     cpu_s: float = 0.0  # of this generator: near `seconds`, it was the generator that was measured
     bodies: deque[bytes] = field(default_factory=lambda: deque(maxlen=4))
@@ -107,11 +110,14 @@ class _Run:
         self.keep_bodies = keep_bodies
         self.all_bodies: list[bytes] = []
         self.done = asyncio.Event()
+        self.sent_all = False  # open loop: the last request is due
 
     def answered(self, line: _Line, status: int, body: bytes) -> None:
         result = self.result
         result.answers += 1
         result.statuses[status] += 1
+        if not self.sent_all:
+            result.in_time[status] += 1
         if result.samples < SAMPLES_MAX:
             result.samples += 1
             took_ms = (time.perf_counter() - line.began) * 1000
@@ -157,7 +163,6 @@ class _Open(_Run):
         super().__init__(requests, keep_bodies)
         self.idle: list[_Line] = []
         self.due: deque[tuple[bytes, float]] = deque()
-        self.sent_all = False
 
     def next(self, line: _Line) -> None:
         if self.due:

@@ -12,7 +12,7 @@ is not printed, only the reason, and the exit status is 1. Exit status 0: every 
 meets its goal. `others` is what processes outside the benchmark used meanwhile, in shares of a core: measure at rest.
 
 R1 is an empty raw-ASGI POST on the same server program, R2 an empty FastAPI POST with a model. The generator is our
-own (loadtest/generator.py): closed loop for ceilings, open loop for latency.
+own (loadtest/generator.py): closed loop for ceilings, open loop for latency; `ceilings` checks it against wrk.
 """
 
 from __future__ import annotations
@@ -31,12 +31,24 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
-from loadtest.bench import confirm, door, fronts, growth, latency, machine, peers, plots, report, system
+from loadtest.bench import (
+    ceilings,
+    confirm,
+    door,
+    fronts,
+    growth,
+    latency,
+    machine,
+    peers,
+    plots,
+    report,
+    system,
+)
 from loadtest.bench.door import Sales
 from loadtest.bench.results import Found, Plan
 from loadtest.bench.stack import Shopfront, private_folder
 
-SECTIONS = ("door", "peers", "system", "confirm", "growth", "latency", "fronts")
+SECTIONS = ("door", "peers", "system", "confirm", "growth", "latency", "fronts", "ceilings")
 WIDTH = 190  # columns of a report that is not on a terminal
 
 
@@ -99,7 +111,7 @@ def chosen(only: Sequence[str]) -> tuple[list[str], set[str]]:
 async def run(plan: Plan, sections: Sequence[str], subjects: set[str], folder: Path) -> Found:
     """Run the sections one after the other; each takes its own time, all figures are ratios within a section."""
     found = Found()
-    if {"door", "peers", "latency", "fronts"} & set(sections):
+    if {"door", "peers", "latency", "fronts", "ceilings"} & set(sections):
         async with Shopfront(folder / "door") as shop:
             sales = Sales(shop)
             for workers in plan.workers if "door" in sections else ():
@@ -109,6 +121,7 @@ async def run(plan: Plan, sections: Sequence[str], subjects: set[str], folder: P
                 "peers": lambda: peers.section(shop, sales, plan),
                 "latency": lambda: latency.section(shop, sales, plan),
                 "fronts": lambda: fronts.section(shop, sales, plan),
+                "ceilings": lambda: ceilings.section(shop, sales, plan),
             }
             for name, section in of_shop.items():
                 if name in sections:

@@ -82,22 +82,28 @@ class Found:
         default_factory=dict
     )  # by a name of the section's own, for JSON and plots
     lines: dict[str, Any] = field(default_factory=dict)  # further numbers for JSON and plots
+    unmeasured: list[str] = field(default_factory=list)  # further figures that could not be taken
 
     def add(self, other: Found) -> None:
         self.verdicts += other.verdicts
         self.sheets += other.sheets
         self.courses |= other.courses
         self.lines |= other.lines
+        self.unmeasured += other.unmeasured
 
     @property
     def void(self) -> list[str]:
         """Every figure that could not be taken."""
-        return [f"goal {one.goal}, {one.what}: {one.void}" for one in self.verdicts if one.void] + [
-            f"{course.name}, {course.connections} connections: {course.void}"
-            for courses in self.courses.values()
-            for course in courses
-            if course.void
-        ]
+        return (
+            [f"goal {one.goal}, {one.what}: {one.void}" for one in self.verdicts if one.void]
+            + [
+                f"{course.name}, {course.connections} connections: {course.void}"
+                for courses in self.courses.values()
+                for course in courses
+                if course.void
+            ]
+            + self.unmeasured
+        )
 
 
 Measured = Callable[[], Mapping[str, Sequence[float]]]

@@ -44,3 +44,12 @@ async def test_open_loop_counts_the_wait_for_a_free_connection(slow_server: int)
     assert result.answers == 20
     # One connection takes 20 a second; the last of 20 requests, due after 0.19 s, is answered after 1 s.
     assert max(result.latencies_ms) >= 700
+
+
+async def test_open_loop_gives_up_what_found_no_connection_in_time(slow_server: int) -> None:
+    result = await open_loop(
+        "127.0.0.1", slow_server, repeat(REQUEST), per_s=100, connections=1, seconds=0.2, give_up=True
+    )
+    assert result.answers + result.unsent == 20
+    assert result.unsent >= 10
+    assert result.in_time[200] < result.answers  # the last answer came after the last request was due
