@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,44 +205,100 @@ class Streams:
         self._missing.clear()
 
 
+@dataclass(eq=False)
+class Batch:
+    """Claims of one sale in hand. `careful`: they may have been written, ask first."""
+
+    sale: str
+    entries: list[Entry]
+    careful: bool = False
+
+
 @dataclass
 class ConfirmLoop:
-    """Feeds the confirmer. Entries in hand stay in hand until they are done; a sale in trouble holds up no other."""
+    """Feeds the confirmer, with several batches of a sale under way at once: one is read and encoded here while
+    Postgres writes another and Redis is told of a third.
+
+    Entries in hand stay in hand until they are done; a sale in trouble holds up no other.
+    """
 
     streams: Streams
     confirmer: Confirmer
     admitter: Admitter
     settings: Settings
-    held: dict[str, list[Entry]] = field(default_factory=dict)
+    working: dict[asyncio.Task[None], Batch] = field(default_factory=dict)
+    held: list[Batch] = field(default_factory=list)  # failed, or COMMIT's answer was lost
 
     async def turn(self) -> bool:
         begun = time.monotonic()
-        troubled = list(self.held)
+        retried, self.held = self.held, []
+        for batch in retried:
+            self._start(batch)
         fresh = await self.streams.read(
-            [sale for sale in self.admitter.watched if sale not in self.held],
+            self._with_room(),
             self.settings.confirm_batch_max,
-            block_ms=0 if troubled else self.settings.confirm_block_ms,
+            block_ms=0 if self.working else self.settings.confirm_block_ms,
         )
-        self.held |= fresh
-        # A batch that is still held failed, or COMMIT's answer was lost: ask before writing again.
-        results = await asyncio.gather(
-            *(self._confirm(sale, careful=sale in troubled) for sale in list(self.held)),
-            return_exceptions=True,
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        if fresh or troubled:
-            return True
-        # Nothing came: rest only if the read itself has not waited.
-        return time.monotonic() - begun > self.settings.confirm_block_ms / 2000
+        for sale, entries in fresh.items():
+            self._start(Batch(sale, entries))
+        if not self.working:
+            # Nothing came: rest only if the read itself has not waited.
+            return time.monotonic() - begun > self.settings.confirm_block_ms / 2000
+        if not self._with_room(among=fresh):
+            await asyncio.wait(
+                self.working,
+                timeout=self.settings.confirm_block_ms / 1000,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        self._settle()
+        return True
+
+    def _with_room(self, among: Iterable[str] | None = None) -> list[str]:
+        """Sales of which more may be read: none of theirs is in trouble, and their last batch was full, so that
+        a second one is not made of the few claims of a quiet minute."""
+        found: list[str] = []
+        for sale in self.admitter.watched if among is None else among:
+            mine = [batch for batch in (*self.working.values(), *self.held) if batch.sale == sale]
+            if not mine or (
+                len(mine) < self.settings.confirm_in_flight_max
+                and not any(batch.careful for batch in mine)
+                and len(mine[-1].entries) >= self.settings.confirm_batch_max
+            ):
+                found.append(sale)
+        return found
+
+    def _start(self, batch: Batch) -> None:
+        task = asyncio.create_task(self._confirm(batch), name=f"confirm {batch.sale}")
+        self.working[task] = batch
+
+    def _settle(self) -> None:
+        """Let go of what is done; hold what failed. Raises one of the failures."""
+        failure: BaseException | None = None
+        for task in [task for task in self.working if task.done()]:
+            batch = self.working.pop(task)
+            if (error := task.exception()) is not None:
+                batch.careful = True
+                self.held.append(batch)
+                failure = error
+        if failure is not None:
+            raise failure
+
+    async def finish(self) -> None:
+        """Wait for what is under way; what fails now stays pending, for another worker."""
+        if self.working:
+            await asyncio.wait(self.working)
+
+    def drop(self) -> None:
+        """Stop at once whatever has not finished."""
+        for task in self.working:
+            task.cancel()
 
     async def take_over(self) -> bool:
         """Finish what other workers left unfinished."""
         self.streams.forget_missing()
         more = False
         for sale in list(self.admitter.watched):
-            if sale in self.held:
+            if any(batch.sale == sale for batch in (*self.working.values(), *self.held)):
                 continue
             entries = await self.streams.take_over(
                 sale, self.settings.autoclaim_idle_ms, self.settings.confirm_batch_max
@@ -253,11 +309,10 @@ class ConfirmLoop:
                 more = True
         return more
 
-    async def _confirm(self, sale: str, *, careful: bool) -> None:
+    async def _confirm(self, batch: Batch) -> None:
         begun = time.monotonic()
-        await self.confirmer.confirm(sale, self.held[sale], careful=careful)
+        await self.confirmer.confirm(batch.sale, batch.entries, careful=batch.careful)
         TOOK.observe(time.monotonic() - begun)
-        del self.held[sale]
 
 
 @dataclass
@@ -346,6 +401,13 @@ class Worker:
         async with self.engine.begin() as conn:
             return await events.number(conn, EVENTS_MAX) == EVENTS_MAX
 
+    async def _confirm_to_the_end(self) -> None:
+        try:
+            await keep_going("confirm", self.confirming.turn, 0.05, self.stopping, self.health)
+            await self.confirming.finish()
+        finally:
+            self.confirming.drop()
+
     async def run(self) -> None:
         """Work until `stopping` is set; return when what was in hand is done."""
         s = self.settings
@@ -369,7 +431,7 @@ class Worker:
                 loop("beacon", once(lambda: self.admitter.put_beacons(client)), 1.0)
                 loop("beacon-note", lambda: self.admitter.note_beacons(self.engine), 1.0)
                 loop("course", self.course.note, COURSE_EVERY_S)
-                loop("confirm", self.confirming.turn, 0.05)
+                group.create_task(self._confirm_to_the_end(), name="confirm")
                 loop("confirm-take-over", self.confirming.take_over, idle_s)
                 loop("asks", self.asking.turn, relay_s)
                 loop("asks-take-over", self.asking.take_over, idle_s)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ import httpx
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
+from app.ledger import confirming
 from app.problems import CODES, Problem
+from app.purchase.confirm import Confirmer
 from app.reconcile import Reconciler
+from app.scripts import Busy
 from app.worker import Health, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 
@@ -246,13 +251,80 @@ async def test_a_sale_that_postgres_does_not_know_keeps_its_claims_and_holds_up_
     async with at_work(shop) as worker:
 
         async def in_trouble() -> bool:
-            return "ghost" in worker.confirming.held
+            return any(batch.sale == "ghost" for batch in worker.confirming.held)
 
         await until(in_trouble, "the ghost's claim is in hand")
         await shop.claim("ann", "bob")
         await reserved(shop, 2)
         assert await shop.link.call("XLEN", ghost.orders) == 1
         assert await shop.sql("SELECT 1 FROM dead_letter") == []
+
+
+async def test_a_long_line_is_served_no_faster_than_postgres_writes(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres takes a hundredth of what Redis could give: admission pauses at the cap, goes on below it, drains."""
+    cap, buyers = 60, 300
+    real = confirming.reserve
+
+    async def slow(conn: AsyncConnection, *rest: Any) -> bool:
+        await conn.execute(text("SELECT pg_sleep(0.05)"))
+        return await real(conn, *rest)
+
+    monkeypatch.setattr(confirming, "reserve", slow)
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    await shop.publish(buyers, state="scheduled", opened_at=None, opens_at=soon, draw_freeze_s=0)
+    for first in range(0, buyers, 100):
+        await shop.join(*[f"b{first + n}" for n in range(100)])
+    lags: list[int] = []
+    busy = 0
+    async with at_work(shop, orders_backlog_max=cap, confirm_batch_max=20) as worker:
+
+        async def served() -> bool:
+            nonlocal busy
+            lags.append(await shop.backlog())
+            answer = await shop.scripts.line_advance(
+                sale=SALE, epoch=1, sku="A", work_max=1, backlog_max=cap
+            )  # what the next tick will hear
+            busy += isinstance(answer, Busy)
+            return (await shop.item())["reserved"] == buyers
+
+        await until(served, "the whole line is served", within_s=60.0)
+        assert len(worker.confirming.working) <= 2
+        await at_rest(shop)
+    assert max(lags) == cap
+    assert busy > 0
+    assert lags[-1] < cap
+
+
+async def test_full_batches_of_one_sale_are_confirmed_at_once_and_others_alone(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(1_000)
+    real = Confirmer.confirm
+    under_way: list[int] = []
+    most = beside_part = 0
+
+    async def watched(self: Confirmer, sale: str, entries: Any, **given: Any) -> int:
+        nonlocal most, beside_part
+        beside_part += any(size < 50 for size in under_way)
+        under_way.append(len(entries))
+        most = max(most, len(under_way))
+        try:
+            return await real(self, sale, entries, **given)
+        finally:
+            under_way.remove(len(entries))
+
+    monkeypatch.setattr(Confirmer, "confirm", watched)
+    await shop.claim(*[f"a{n}" for n in range(500)])
+    async with at_work(shop, confirm_batch_max=50, confirm_in_flight_max=3):
+        await reserved(shop, 500)
+        for n in range(20):
+            await shop.claim(f"b{n}")
+        await reserved(shop, 520)
+        await at_rest(shop)
+    assert most == 3  # as many as may be
+    assert beside_part == 0  # claims that come one by one wait for the batch before them, and go together
 
 
 async def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(shop: Shop) -> None:
