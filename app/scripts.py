@@ -550,7 +550,7 @@ class Marked(Answer, frozen=True):
 
 
 class MarkedEach(Answer, frozen=True):
-    """For each ticket of the batch: 1 told, 0 left to ticket_mark."""
+    """For each ticket of the batch: 1 told and its entry gone, 0 left to ticket_mark."""
 
     done: str
 
@@ -887,8 +887,8 @@ TICKET_MARK: Script[Gone | Old | Marked | Stale | AlreadyReleased | Not] = Scrip
 )
 CLAIMS_MARK: Script[Gone | Old | MarkedEach] = Script(
     "claims_mark",
-    keys="sale outcome status",
-    args="epoch home now_ms sku n tickets...",
+    keys="sale outcome status orders",
+    args="epoch home now_ms sku group before behind newest numbers r n tickets...",
     answers=(Gone, Old),
     words={"MARKED": MarkedEach},
 )
@@ -1188,15 +1188,33 @@ class Scripts:
         )
 
     async def claims_mark(
-        self, *, sale: str, epoch: int, sku: str, tickets: Sequence[tuple[int, bytes]], now_ms: int = 0
+        self,
+        *,
+        sale: str,
+        epoch: int,
+        sku: str,
+        before: bytes,
+        behind: bytes,
+        tickets: Sequence[tuple[int, str, bytes]],
+        newest: int,
+        now_ms: int = 0,
     ) -> Gone | Old | MarkedEach:
-        """Tell up to 1000 claimed tickets that their orders are written. tickets: (seq, status_json), seqs rising."""
+        """Tell up to 1000 claimed tickets that their orders are written, and take their entries off the stream.
+
+        tickets: (seq, order_no, entry id), seqs rising, order numbers of 24 characters; newest: which of them has the
+        newest entry, from 0. A ticket is told before + order_no + behind.
+        """
         k = sale_keys(sale)
-        seqs, told = zip(*tickets, strict=True)
+        seqs, numbers, ids = zip(*tickets, strict=True)
+        ends = [at for at in range(1, len(seqs)) if seqs[at] != seqs[at - 1] + 1]
+        runs = [end - begin for begin, end in zip((0, *ends), (*ends, len(seqs)), strict=True)]
         return await self._run(
             CLAIMS_MARK,
-            (k.sale, k.outcome(sku), k.status),
-            (epoch, self.link.run_id, now_ms, sku, len(seqs), *seqs, *told),
+            (k.sale, k.outcome(sku), k.status, k.orders),
+            (
+                *(epoch, self.link.run_id, now_ms, sku, GROUP, before, behind, newest + 1, "".join(numbers)),
+                *(len(runs), len(seqs), *runs, *seqs, *ids),
+            ),
         )
 
     async def ask_put(

@@ -44,7 +44,7 @@ class SaleBooks:
     live_buyers: int
     most_units: int  # of one buyer's live orders
     orders: int
-    told_orders: int  # orders whose order.reserved is in the event table
+    told_orders: int  # orders whose order.reserved is in the feed, or on its way there
     lawful_orders: int  # orders whose times fit their state
     extended_orders: int  # orders whose deadline was extended
     rightly_extended: int  # of these, those whose extensions add up, stay within their limit and came in time
@@ -53,7 +53,7 @@ class SaleBooks:
     captured_orders: int  # orders with an unrefunded capture
     kept_captures: int  # unrefunded captures
     amount_minor: int  # of all orders
-    lines_minor: int  # of all order lines and adjustments
+    lines_minor: int  # of all order lines (the first follows from the item's price) and adjustments
 
 
 async def items(conn: AsyncConnection, sale: str) -> dict[str, ItemBooks]:
@@ -119,8 +119,9 @@ async def of_sale(conn: AsyncConnection, sale: str) -> SaleBooks:
               (SELECT coalesce(max(units), 0) FROM (SELECT sum(units) AS units FROM purchase_order
                 WHERE sale = :sale AND state IN ('reserved', 'paid') GROUP BY buyer_id) AS each) AS most_units,
               (SELECT count(*) FROM purchase_order WHERE sale = :sale) AS orders,
-              (SELECT count(*) FROM purchase_order p WHERE p.sale = :sale AND EXISTS (
-                SELECT 1 FROM event e WHERE e.order_no = p.order_no AND e.type = 'order.reserved')) AS told_orders,
+              (SELECT count(*) FROM purchase_order p WHERE p.sale = :sale AND (EXISTS (
+                SELECT 1 FROM event e WHERE e.order_no = p.order_no AND e.type = 'order.reserved')
+                OR p.order_no IN (SELECT unnest(order_nos) FROM event_batch WHERE sale = :sale))) AS told_orders,
               (SELECT count(*) FROM purchase_order WHERE sale = :sale AND CASE state
                 WHEN 'reserved' THEN paid_at IS NULL AND ended_at IS NULL
                 WHEN 'paid' THEN paid_at IS NOT NULL AND ended_at IS NULL
@@ -146,7 +147,10 @@ async def of_sale(conn: AsyncConnection, sale: str) -> SaleBooks:
                 WHERE p.sale = :sale AND c.state IN ('due', 'kept')) AS kept_captures,
               (SELECT coalesce(sum(amount_minor), 0) FROM purchase_order WHERE sale = :sale) AS amount_minor,
               (SELECT coalesce(sum(l.amount_minor), 0) FROM order_line l JOIN purchase_order p
-                ON p.order_no = l.order_no WHERE p.sale = :sale) AS lines_minor
+                ON p.order_no = l.order_no WHERE p.sale = :sale)
+              + (SELECT coalesce(sum(p.units * i.price_minor), 0) FROM purchase_order p JOIN item i
+                ON i.sale = p.sale AND i.sku = p.sku WHERE p.sale = :sale AND NOT EXISTS (
+                SELECT 1 FROM order_line l WHERE l.order_no = p.order_no AND l.line_no = 1)) AS lines_minor
             """
         ),
         {"sale": sale},

@@ -7,7 +7,7 @@ transaction would appear behind a cursor that has passed it.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -49,25 +49,62 @@ async def put(
     )
 
 
+async def put_reserved(conn: AsyncConnection, sale: str, order_nos: Sequence[str]) -> None:
+    """The shop learns of all these new orders once the caller's transaction commits: one row, unpacked by `number`.
+
+    An `event` row an order cost confirm a third of its time in Postgres, and another as much when it was numbered.
+    """
+    await conn.execute(
+        text("INSERT INTO event_batch (sale, order_nos) VALUES (:sale, CAST(:order_nos AS text[]))"),
+        {"sale": sale, "order_nos": list(order_nos)},
+    )
+
+
 async def is_behind(conn: AsyncConnection) -> bool:
     """Whether committed events wait for their position; a look, so that rest costs one statement and no lock."""
-    found = await conn.execute(text("SELECT EXISTS (SELECT 1 FROM event WHERE position IS NULL)"))
+    found = await conn.execute(
+        text(
+            "SELECT EXISTS (SELECT 1 FROM event WHERE position IS NULL) OR EXISTS (SELECT 1 FROM event_batch)"
+        )
+    )
     return bool(found.scalar_one())
 
 
 async def number(conn: AsyncConnection, limit: int) -> int:
-    """Give the next positions to committed events, in the order they were written. Returns how many."""
+    """Give the next positions to committed events, in the order they were written. Returns how many.
+
+    `limit` is where it stops; the last batch is taken whole. A batch is always unpacked before what was written after
+    it was committed (both take `written` from one sequence), so an order is never paid before it is reserved.
+    The data of `order.reserved` is the order as confirm wrote it: what may change since (state, amount) is not read.
+    """
     await conn.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": NUMBERING_LOCK})
     found = await conn.execute(
         text(
-            "WITH fresh AS (SELECT id, row_number() OVER (ORDER BY written) AS nth FROM"
-            " (SELECT id, written FROM event WHERE position IS NULL ORDER BY written LIMIT :limit) AS unnumbered),"
-            " last AS (SELECT coalesce(max(position), 0) AS position FROM event)"
-            " UPDATE event SET position = last.position + fresh.nth FROM fresh, last WHERE event.id = fresh.id"
+            "WITH due AS ((SELECT written, 1 AS events, FALSE AS batch FROM event WHERE position IS NULL"
+            "   ORDER BY written LIMIT :limit)"
+            "  UNION ALL (SELECT written, cardinality(order_nos), TRUE FROM event_batch"
+            "   ORDER BY written LIMIT :limit)),"
+            " placed AS (SELECT written, events, batch,"
+            "   CAST(sum(events) OVER (ORDER BY written) AS bigint) - events AS before FROM due),"
+            " fresh AS (SELECT written, events, batch, before + coalesce((SELECT max(position) FROM event), 0) AS last"
+            "   FROM placed WHERE before < :limit),"
+            " taken AS (DELETE FROM event_batch AS b USING fresh WHERE fresh.batch AND b.written = fresh.written"
+            "   RETURNING b.sale, b.at, b.order_nos, fresh.last),"
+            " unpacked AS (INSERT INTO event (id, type, sale, order_no, version, at, data, position)"
+            "   SELECT 'evt-' || o.order_no || '-1-reserved', 'order.reserved', o.sale, o.order_no, 1, taken.at,"
+            "   jsonb_build_object('order_no', o.order_no, 'sale', o.sale, 'sku', o.sku, 'buyer_id', o.buyer_id,"
+            "    'units', o.units, 'amount_minor', o.units * i.price_minor, 'currency', o.currency,"
+            "    'state', 'reserved', 'reason', NULL), taken.last + one.nth"
+            "   FROM taken CROSS JOIN unnest(taken.order_nos) WITH ORDINALITY AS one (order_no, nth)"
+            "   JOIN purchase_order o ON o.order_no = one.order_no"
+            "   JOIN item i ON i.sale = o.sale AND i.sku = o.sku ON CONFLICT (id) DO NOTHING),"
+            " single AS (UPDATE event SET position = fresh.last + 1 FROM fresh"
+            "   WHERE NOT fresh.batch AND event.written = fresh.written AND event.position IS NULL)"
+            " SELECT coalesce(CAST(sum(events) AS bigint), 0) FROM fresh"
         ),
         {"limit": limit},
     )
-    return int(found.rowcount)
+    return int(found.scalar_one())
 
 
 async def page(conn: AsyncConnection, after: int, limit: int, sale: str | None = None) -> list[Row]:

@@ -7,10 +7,9 @@ A step that the state guard refuses returns None and changes nothing.
 
 from __future__ import annotations
 
-import hashlib
-from base64 import b32hexencode
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from sqlalchemy import text
@@ -21,6 +20,13 @@ from app.ledger import events, outbox
 Row = dict[str, Any]
 
 ORDER_NO_BYTES = 15  # 120 bits are 24 signs; a collision among 10^9 orders of a sale has odds of 10^-18
+_SIGNS = bytes.maketrans(bytes(range(32)), b"0123456789ABCDEFGHIJKLMNOPQRSTUV")
+# 40 bits in 64 become 2 x 20 in 2 x 32, 4 x 10 in 4 x 16, 8 x 5 in 8 x 8: (the upper halves, how far they move)
+_SPREADS = (
+    (bytes.fromhex("000000fffff00000"), 12),
+    (bytes.fromhex("000ffc00000ffc00"), 6),
+    (bytes.fromhex("03e003e003e003e0"), 3),
+)
 SMS_TTL_S = 900  # as settings.sms_ttl_s: an SMS that is later than this helps nobody
 
 COLUMNS = (
@@ -29,10 +35,36 @@ COLUMNS = (
 )
 
 
-def order_no(sale: str, epoch: int, sku: str, seq: int, buyer_id: str) -> str:
+def order_no(sale: str, epoch: int, sku: str, seq: int, buyer: bytes | str) -> str:
     """The order number of a claim, 24 of [0-9A-V]: the same claim always has the same one, so a redelivery is seen."""
-    named = f"{sale}\0{epoch}\0{sku}\0{seq}\0{buyer_id}".encode("utf-8", "surrogateescape")
-    return b32hexencode(hashlib.blake2b(named, digest_size=ORDER_NO_BYTES).digest()).decode("ascii")
+    raw = buyer if isinstance(buyer, bytes) else buyer.encode("utf-8", "surrogateescape")
+    return order_nos(sale, [(epoch, sku, seq, raw)])[0]
+
+
+def order_nos(sale: str, claims: Sequence[tuple[int, str, int, bytes]]) -> list[str]:
+    """The order numbers of many claims: (epoch, sku, seq, buyer_id).
+
+    Each is base32hex of a hash. Five bytes are eight signs, so each five are put into eight and their bits spread, for
+    all claims at once, by shifts of one long integer: one by one it took a tenth of what confirm cost in Python.
+    """
+    items: dict[tuple[int, str], bytes] = {}
+    hashes: list[bytes] = []
+    for epoch, sku, seq, buyer in claims:
+        item = items.get((epoch, sku))
+        if item is None:
+            item = items[epoch, sku] = f"{sale}\0{epoch}\0{sku}\0".encode()
+        hashes.append(blake2b(b"%b%d\0%b" % (item, seq, buyer), digest_size=ORDER_NO_BYTES).digest())
+    hashed = b"".join(hashes)
+    eights = len(hashed) // 5
+    wide = bytearray(8 * eights)
+    for at in range(5):
+        wide[3 + at :: 8] = hashed[at::5]
+    bits = int.from_bytes(wide, "big")
+    for upper, shift in _SPREADS:
+        moved = bits & int.from_bytes(upper * eights, "big")
+        bits = bits ^ moved | moved << shift
+    signs = bits.to_bytes(len(wide), "big").translate(_SIGNS).decode("ascii")
+    return [signs[at : at + 24] for at in range(0, len(signs), 24)]
 
 
 def byte_of(row: Mapping[str, Any]) -> str:
@@ -99,11 +131,21 @@ async def many(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, Row]:
 
 
 async def lines(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, list[Row]]:
-    """The order lines and adjustments of these orders, each list in line order."""
+    """The lines and adjustments of these orders, each list in line order.
+
+    The first line is what was claimed. It follows from the order and its item, whose title, price and currency are
+    fixed before anybody can claim, so confirm writes none; release N−1 did, and what is written stands.
+    """
     found = await conn.execute(
         text(
             "SELECT order_no, line_no, kind, sku, title, units, unit_minor, amount_minor FROM order_line"
-            " WHERE order_no = ANY(CAST(:numbers AS text[])) ORDER BY order_no, line_no"
+            " WHERE order_no = ANY(CAST(:numbers AS text[]))"
+            " UNION ALL"
+            " SELECT o.order_no, 1, 'item', o.sku, i.title, o.units, i.price_minor, o.units * i.price_minor"
+            " FROM purchase_order o JOIN item i ON i.sale = o.sale AND i.sku = o.sku"
+            " WHERE o.order_no = ANY(CAST(:numbers AS text[])) AND NOT EXISTS"
+            " (SELECT FROM order_line l WHERE l.order_no = o.order_no AND l.line_no = 1)"
+            " ORDER BY order_no, line_no"
         ),
         {"numbers": list(numbers)},
     )
@@ -396,14 +438,17 @@ async def finish_refund(conn: AsyncConnection, number: str, *, restock: bool) ->
 
 
 async def add_adjustment(conn: AsyncConnection, number: str, title: str, amount_minor: int) -> Row | None:
-    """A further line changes what a reserved order costs; the amount stays the sum of its lines."""
+    """A further line changes what a reserved order costs; the amount stays the sum of its lines.
+
+    Number 1 is the item's, written or not.
+    """
     before = await lock(conn, number)
     if before is None or before["state"] != "reserved":
         return None
     await conn.execute(
         text(
             "INSERT INTO order_line (order_no, line_no, kind, sku, title, units, unit_minor, amount_minor)"
-            " SELECT :order_no, coalesce(max(line_no), 0) + 1, 'adjustment', NULL, :title, 1,"
+            " SELECT :order_no, coalesce(max(line_no), 1) + 1, 'adjustment', NULL, :title, 1,"
             " CAST(:amount AS bigint), CAST(:amount AS bigint) FROM order_line WHERE order_no = :order_no"
         ),
         {"order_no": number, "title": title, "amount": amount_minor},

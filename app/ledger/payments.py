@@ -782,7 +782,7 @@ async def _lower(conn: AsyncConnection, order_no: str, amount_minor: int) -> Non
     await conn.execute(
         text(
             "INSERT INTO order_line (order_no, line_no, kind, sku, title, units, unit_minor, amount_minor)"
-            " SELECT :order_no, coalesce(max(line_no), 0) + 1, 'adjustment', NULL, 'refund', 1,"
+            " SELECT :order_no, coalesce(max(line_no), 1) + 1, 'adjustment', NULL, 'refund', 1,"
             " CAST(:amount AS bigint), CAST(:amount AS bigint) FROM order_line WHERE order_no = :order_no"
         ),
         {"order_no": order_no, "amount": -amount_minor},

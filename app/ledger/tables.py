@@ -169,6 +169,7 @@ sa.Index(
 order_line = sa.Table(
     "order_line",
     metadata,
+    # What was claimed is no row: it follows from the order and its item (ledger/orders.py, lines); an adjustment is.
     # No foreign key: a line is only ever written in the transaction that writes its order, and the check of a foreign
     # key would cost confirm one index look-up and one row lock for each.
     sa.Column("order_no", sa.Text, primary_key=True),
@@ -440,6 +441,19 @@ sa.Index(
     "one_event_a_position", event.c.position, unique=True, postgresql_where=sa.text("position IS NOT NULL")
 )
 sa.Index("events_to_number", event.c.written, postgresql_where=sa.text("position IS NULL"))
+
+event_batch = sa.Table(
+    "event_batch",
+    metadata,
+    # The order.reserved of a whole batch of confirm, in one row: the numbering step makes it one `event` row an order,
+    # each with its position, and removes it. One sequence for both, so that they are numbered in the order of writing.
+    sa.Column(
+        "written", sa.BigInteger, primary_key=True, server_default=sa.text("nextval('event_written_seq')")
+    ),
+    sa.Column("sale", sa.Text, nullable=False),
+    sa.Column("at", At, nullable=False, server_default=NOW),
+    sa.Column("order_nos", sa.ARRAY(sa.Text), nullable=False),
+)
 
 webhook_endpoint = sa.Table(
     "webhook_endpoint",

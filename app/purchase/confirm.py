@@ -15,13 +15,14 @@ A batch is written by binary COPY. What COPY cannot say is found out by asking P
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple, assert_never
 
 import asyncpg
+import msgspec
 import structlog
 from prometheus_client import Counter as Count
 from prometheus_client import Histogram
@@ -44,13 +45,15 @@ SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
 MARKS_MAX = 500  # tickets told in one call: the server answers others within a millisecond
 TRIES_MAX = 5  # Postgres changed under a batch that often: somebody else is at work, the entries stay pending
 
+IN_A_ROW = ("reserved", "again")  # outcomes of claims that have an order
+
 CONFIRMED = Count("fairdrop_confirm_claims", "claims that got their outcome, by outcome", ["outcome"])
 BATCH = Histogram("fairdrop_confirm_batch", "claims in one batch", buckets=(1, 2, 5, 10, 50, 100, 500, 1000))
 TOOK = Histogram("fairdrop_confirm_s", "s from a batch read to its entries acknowledged")
 _log = structlog.get_logger("confirm")
 
 
-class Claim(NamedTuple):
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """One entry of `orders`: units that Redis has taken for a ticket."""
 
     entry_id: bytes
@@ -79,30 +82,51 @@ class Bad(NamedTuple):
 Entry = tuple[bytes, Sequence[bytes]]
 
 
-def parse(sale: str, entry: Entry) -> Claim | Bad:
-    """One stream entry, format 1: `1|epoch|sku|seq|units|claimed_ms|buyer_id`; the buyer_id may hold anything."""
-    entry_id, fields = entry
-    raw = b"".join(fields[1:2])
-    try:
-        form, epoch, sku, seq, units, claimed_ms, buyer = raw.split(b"|", 6)
-        if fields[0] != b"c" or int(form) != FORMAT:
-            return Bad(entry_id, raw, "format")
-        number, name = int(seq), sku.decode("ascii")
-        if not (0 < number <= SEQ_MAX and int(units) > 0 and buyer):
-            return Bad(entry_id, raw, "range")
-        no = orders.order_no(sale, int(epoch), name, number, buyer.decode("utf-8", "surrogateescape"))
-        return Claim(entry_id, int(epoch), name, number, int(units), int(claimed_ms), buyer, no)
-    except (ValueError, IndexError):
-        return Bad(entry_id, raw, "shape")
+def parse(sale: str, entries: Iterable[Entry]) -> tuple[list[Claim], list[Bad]]:
+    """Stream entries of format 1: `1|epoch|sku|seq|units|claimed_ms|buyer_id`; the buyer_id may hold anything."""
+    read: list[tuple[bytes, int, int]] = []
+    named: list[tuple[int, str, int, bytes]] = []
+    bad: list[Bad] = []
+    for entry_id, fields in entries:
+        raw = b""
+        try:
+            kind, raw = fields
+            form, epoch, sku, seq, units, claimed_ms, buyer = raw.split(b"|", 6)
+            name = int(epoch), sku.decode("ascii"), int(seq), buyer
+            rest = entry_id, int(units), int(claimed_ms)
+        except ValueError:
+            bad.append(Bad(entry_id, raw, "shape"))
+            continue
+        if kind != b"c" or form != b"%d" % FORMAT:
+            bad.append(Bad(entry_id, raw, "format"))
+        elif not (0 < name[2] <= SEQ_MAX and rest[1] > 0 and buyer):
+            bad.append(Bad(entry_id, raw, "range"))
+        else:
+            read.append(rest)
+            named.append(name)
+    return [
+        Claim(entry_id, epoch, sku, seq, units, claimed_ms, buyer, no)
+        for (entry_id, units, claimed_ms), (epoch, sku, seq, buyer), no in zip(
+            read, named, orders.order_nos(sale, named), strict=True
+        )
+    ], bad
 
 
 class Told(NamedTuple):
-    """What Redis is told of one claim, after COMMIT. No byte: nothing (the outbox tells its ticket, or it is gone)."""
+    """What Redis is told of a claim, after COMMIT. No byte: nothing (the outbox tells its ticket, or it is gone).
+
+    The status is cut at the order number, so that all claims of a batch that differ in nothing else share one.
+    """
 
     outcome: str  # reserved | again | live_order | no_stock | old_epoch | poison | ticket_taken
     byte: str = ""
     version: int = 0
-    status: bytes = b""
+    before: bytes = b""
+    behind: bytes | None = None  # None: no order, `before` is all
+
+    def status(self, order_no: str) -> bytes:
+        """The JSON that the ticket shows."""
+        return self.before if self.behind is None else self.before + order_no.encode() + self.behind
 
 
 class _LookAgain(Exception):
@@ -130,34 +154,33 @@ class Confirmer:
         careful: the batch may have been written before (redelivered, or COMMIT's answer was lost): ask first.
         Raises what `passes` (no Postgres, no Redis): nothing is acknowledged; call again with the same entries.
         """
-        parsed = [parse(sale, entry) for entry in entries]
-        claims = [one for one in parsed if isinstance(one, Claim)]
-        for bad in parsed:
-            if isinstance(bad, Bad):
-                await self._bury_bad(sale, bad)
-        BATCH.observe(len(parsed))
+        claims, bad = parse(sale, entries)
+        for one in bad:
+            await self._bury_bad(sale, one)
+        BATCH.observe(len(claims) + len(bad))
         told: dict[str, Told] = {}
         contacts: dict[bytes, bytes] = {}
         if claims:
             contacts = await self._contacts(sale, claims)
             unique = list({claim.order_no: claim for claim in claims}.values())  # ten copies are one claim
             told = await self._write(sale, unique, contacts, careful=careful or len(unique) < len(claims))
-        held = await self._tell(sale, claims, told)
-        done = [one.entry_id for one in parsed if one.entry_id not in held]
-        moved = [
-            c.buyer
-            for c in claims
-            if c.buyer in contacts and told[c.order_no].outcome in ("reserved", "again")
-        ]
-        await self._acknowledge(sale, done, moved)
-        for result in told.values():
-            CONFIRMED.labels(result.outcome).inc()
-        return len(done)
+        for outcome, count in Counter(result.outcome for result in told.values()).items():
+            CONFIRMED.labels(outcome).inc(count)
+        await self._forget(
+            sale, [c.buyer for c in claims if c.buyer in contacts and told[c.order_no].outcome in IN_A_ROW]
+        )
+        held = await self._tell(
+            sale, [(claim, told[claim.order_no]) for claim in claims], [one.entry_id for one in bad]
+        )
+        return len(claims) + len(bad) - held
 
     async def _contacts(self, sale: str, claims: Sequence[Claim]) -> dict[bytes, bytes]:
         """Sealed contacts that buyers gave with their passes: they move from Redis into the row."""
+        key = SaleKeys(sale).contact
+        if not await self.link.call("EXISTS", key):
+            return {}
         buyers = list({claim.buyer for claim in claims})
-        found = await self.link.call("HMGET", SaleKeys(sale).contact, *buyers)
+        found = await self.link.call("HMGET", key, *buyers)
         return {buyer: sealed for buyer, sealed in zip(buyers, found, strict=True) if sealed is not None}
 
     # Postgres
@@ -200,16 +223,19 @@ class Confirmer:
         self, sale: str, claims: Sequence[Claim], contacts: dict[bytes, bytes]
     ) -> dict[str, Told]:
         """Ask Postgres about each claim; halve the batch around an entry that no statement can hold."""
-        lack = False
+        lack, copy = False, True
         for _ in range(TRIES_MAX):
             try:
                 async with self.engine.begin() as conn:
-                    return await self._arbitrate(conn, sale, claims, contacts, lack=lack)
+                    return await self._arbitrate(conn, sale, claims, contacts, lack=lack, copy=copy)
             except _LookAgain:
                 continue
             except Exception as error:
                 if passes(error) or isinstance(error, DidNotHappen):
                     raise
+                if copy and isinstance(error, asyncpg.UniqueViolationError):
+                    copy = False
+                    continue
                 if sqlstate_of(error) == asyncpg.CheckViolationError.sqlstate and not lack:
                     lack = True
                     continue
@@ -230,8 +256,12 @@ class Confirmer:
         contacts: dict[bytes, bytes],
         *,
         lack: bool,
+        copy: bool,
     ) -> dict[str, Told]:
-        """One transaction in which every claim meets what Postgres knows. lack: there are fewer units than claims."""
+        """One transaction in which every claim meets what Postgres knows. lack: there are fewer units than claims.
+
+        copy: if some were written before, that is why the batch is here, and the others are probably new: COPY them.
+        """
         terms = await confirming.terms(conn, sale, lock=lack)
         if terms is None:
             raise DidNotHappen(
@@ -260,7 +290,11 @@ class Confirmer:
             open_ = [claim for claim in open_ if claim.order_no not in told]
         if open_:
             new = await self._new_orders(conn, sale, open_, terms, contacts)
-            written = await confirming.insert_orders(conn, new)
+            if copy and len(open_) < len(claims):
+                await confirming.copy_orders(conn, new)
+                written = {order.order_no for order in new}
+            else:
+                written = await confirming.insert_orders(conn, new)
             left_out = [claim for claim in open_ if claim.order_no not in written]
             if left_out:
                 told |= await self._conflicts(conn, sale, left_out)
@@ -281,7 +315,8 @@ class Confirmer:
             for number, row in rows.items():
                 if row["state"] in ("reserved", "paid", "refunding"):
                     status = status_json(row, lines.get(number, []), attempts.get(number))
-                    told[number] = Told("again", orders.byte_of(row), row["version"], status)
+                    before, _, behind = status.partition(number.encode())
+                    told[number] = Told("again", orders.byte_of(row), row["version"], before, behind)
                 else:
                     told[number] = Told("again")  # the release in the outbox tells the rest
         for number in await confirming.refused(conn, numbers):
@@ -326,29 +361,32 @@ class Confirmer:
         terms: Terms,
         contacts: dict[bytes, bytes],
     ) -> list[NewOrder]:
-        silent = [claim.buyer_id for claim in claims if claim.buyer not in contacts]
-        known = await orders.contacts_of_ended(conn, sale, silent) if silent else {}
+        known: dict[str, bytes] = {}
+        if terms.any_ended:
+            silent = [claim.buyer_id for claim in claims if claim.buyer not in contacts]
+            known = await orders.contacts_of_ended(conn, sale, silent) if silent else {}
+        in_common: dict[tuple[str, int], tuple[Any, ...]] = {}
         new: list[NewOrder] = []
         for claim in claims:
-            item = terms.items[claim.sku]
-            buyer_id = claim.buyer_id
-            contact = contacts.get(claim.buyer) or known.get(buyer_id)
-            new.append(
-                NewOrder(
-                    claim.order_no,
+            kind = claim.sku, claim.units
+            if kind not in in_common:
+                item = terms.items[claim.sku]
+                in_common[kind] = (
                     sale,
                     claim.sku,
-                    buyer_id,
                     claim.epoch,
-                    claim.seq,
                     claim.units,
                     claim.units * item.price_minor,
                     item.currency,
                     "reserved",
-                    datetime.fromtimestamp(claim.claimed_ms / 1000, UTC),
                     terms.pay_within_s,
-                    contact,
-                    None if contact is None else index_of(self._keys, contact, sale, buyer_id),
+                )
+            buyer_id = claim.buyer_id
+            contact = contacts.get(claim.buyer) or known.get(buyer_id)
+            index = None if contact is None else index_of(self._keys, contact, sale, buyer_id)
+            new.append(
+                NewOrder(
+                    claim.order_no, buyer_id, claim.seq, claim.claimed_ms, contact, index, *in_common[kind]
                 )
             )
         return new
@@ -365,21 +403,12 @@ class Confirmer:
     def _reserved(self, new: Sequence[NewOrder], terms: Terms) -> dict[str, Told]:
         """What is told of rows that this transaction has just written: version 1, no deadline yet."""
         told: dict[str, Told] = {}
+        shared: dict[tuple[str, int], Told] = {}
         for order in new:
-            item = terms.items[order.sku]
-            row: dict[str, Any] = {**order._asdict(), "pay_by": None, "reason": None, "leaving": False}
-            line = {
-                "kind": "item",
-                "sku": order.sku,
-                "title": item.title,
-                "units": order.units,
-                "unit_minor": item.price_minor,
-                "amount_minor": order.amount_minor,
-            }
-            attempt: dict[str, Any] | None = None
-            if terms.default_channel is not None and order.amount_minor > 0:
-                attempt = {"channel": terms.default_channel, "state": "created", "code": None, "kind": None}
-            told[order.order_no] = Told("reserved", "r", 1, status_json(row, [line], attempt))
+            kind = order.sku, order.units
+            if kind not in shared:
+                shared[kind] = _reserved(order, terms)
+            told[order.order_no] = shared[kind]
         return told
 
     async def _refuse(
@@ -414,7 +443,10 @@ class Confirmer:
             if found := await self._before(conn, [claim.order_no]):
                 return found[claim.order_no]
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            entry = claim._asdict() | {"entry_id": claim.entry_id.decode(), "buyer": repr(claim.buyer)}
+            entry = msgspec.structs.asdict(claim) | {
+                "entry_id": claim.entry_id.decode(),
+                "buyer": repr(claim.buyer),
+            }
             await confirming.bury(conn, sale, "orders", claim.entry_id.decode(), entry, reason)
             terms = await confirming.terms(conn, sale)
             here = terms is not None and (claim.sku not in terms.items or _current(terms, claim))
@@ -440,56 +472,83 @@ class Confirmer:
 
     # Redis
 
-    async def _tell(self, sale: str, claims: Sequence[Claim], told: dict[str, Told]) -> set[bytes]:
-        """Publish every status, before anything is acknowledged. Returns the entries that must stay pending.
+    async def _tell(self, sale: str, marks: Sequence[tuple[Claim, Told]], left: list[bytes]) -> int:
+        """Publish every status and give up every entry, none before its ticket was told. Returns how many are held.
 
+        left: further entries that have had their outcome and have nobody to tell.
         A Redis that restarted and is not armed again answers OLD: its entries wait until it is. OLD for an epoch that
         Postgres has left behind is final.
         """
-        todo = [claim for claim in claims if told[claim.order_no].byte]
-        old = await self.mark(sale, [(claim, told[claim.order_no]) for claim in todo])
-        if not old:
-            return set()
-        async with self.engine.connect() as conn:
-            terms = await confirming.terms(conn, sale)
-        return {claim.entry_id for claim in old if terms is not None and _current(terms, claim)}
+        one_by_one, old = await self._tell_together(sale, marks)
+        old += await self.mark(sale, [pair for pair in one_by_one if pair[1].byte])
+        held: set[bytes] = set()
+        if old:
+            async with self.engine.connect() as conn:
+                terms = await confirming.terms(conn, sale)
+            held = {claim.entry_id for claim in old if terms is not None and _current(terms, claim)}
+        over = {claim.entry_id for claim, _ in one_by_one} | {claim.entry_id for claim in old}
+        await self._acknowledge(sale, [*left, *(over - held)])
+        return len(held)
+
+    async def _tell_together(
+        self, sale: str, marks: Sequence[tuple[Claim, Told]]
+    ) -> tuple[list[tuple[Claim, Told]], list[Claim]]:
+        """Tickets whose rows are as new: by the hundred, their entries given up in the same step.
+
+        Returns what that leaves alone (somebody told the ticket something else, or its row has changed, or there are
+        several entries of it), and the claims that Redis refused as OLD.
+        """
+        rest: list[tuple[Claim, Told]] = []
+        old: list[Claim] = []
+        alike: dict[tuple[Any, ...], dict[int, tuple[Claim, Told]]] = {}
+        for pair in marks:
+            claim, what = pair
+            if what.byte != "r" or what.version != 1 or what.behind is None:
+                rest.append(pair)
+                continue
+            group = alike.setdefault((claim.epoch, claim.sku, what.before, what.behind), {})
+            if group.setdefault(claim.seq, pair) is not pair:
+                rest.append(pair)
+
+        async def tell(part: list[tuple[Claim, Told]]) -> None:
+            (first, what), newest = part[0], part[-1]
+            assert what.behind is not None
+            part.sort(key=_seq_of)
+            try:
+                answer = await self.scripts.claims_mark(
+                    sale=sale,
+                    epoch=first.epoch,
+                    sku=first.sku,
+                    before=what.before,
+                    behind=what.behind,
+                    tickets=[(claim.seq, claim.order_no, claim.entry_id) for claim, _ in part],
+                    newest=part.index(newest),
+                )
+            except DidNotHappen:
+                rest.extend(part)  # memory is full: ticket_mark may run all the same
+                return
+            match answer:
+                case MarkedEach():
+                    if "0" in answer.done:
+                        rest.extend(pair for pair, done in zip(part, answer.done, strict=True) if done == "0")
+                case Old():
+                    old.extend(claim for claim, _ in part)
+                case Gone():
+                    rest.extend(
+                        (claim, Told(what.outcome)) for claim, what in part
+                    )  # there is nobody to tell
+                case _:
+                    assert_never(answer)
+
+        parts: list[list[tuple[Claim, Told]]] = []
+        for group in alike.values():
+            fresh = list(group.values())  # as they are in the stream
+            parts += [fresh[first : first + MARKS_MAX] for first in range(0, len(fresh), MARKS_MAX)]
+        await asyncio.gather(*map(tell, parts))
+        return rest, old
 
     async def mark(self, sale: str, marks: Sequence[tuple[Claim, Told]]) -> list[Claim]:
-        """Tell every ticket what its row says; returns those that Redis refused as OLD.
-
-        Rows of this transaction are told by the hundred, one call for each item; what that call leaves alone (somebody
-        told the ticket before), and everything older, goes through ticket_mark.
-        """
-        one_by_one = [(claim, what) for claim, what in marks if what.outcome != "reserved"]
-        items: dict[tuple[int, str], list[tuple[Claim, Told]]] = defaultdict(list)
-        for claim, what in {claim.order_no: (claim, what) for claim, what in marks}.values():
-            if what.outcome == "reserved":
-                items[claim.epoch, claim.sku].append((claim, what))
-        old: list[Claim] = []
-        for (epoch, sku), fresh in items.items():
-            fresh.sort(key=lambda pair: pair[0].seq)
-            for first in range(0, len(fresh), MARKS_MAX):
-                part = fresh[first : first + MARKS_MAX]
-                tickets = [(claim.seq, what.status) for claim, what in part]
-                try:
-                    answer = await self.scripts.claims_mark(sale=sale, epoch=epoch, sku=sku, tickets=tickets)
-                except DidNotHappen:
-                    one_by_one += part  # memory is full: ticket_mark may run all the same
-                    continue
-                match answer:
-                    case MarkedEach():
-                        one_by_one += [
-                            pair for pair, done in zip(part, answer.done, strict=True) if done == "0"
-                        ]
-                    case Old():
-                        old += [claim for claim, _ in part]
-                    case Gone():
-                        pass
-                    case _:
-                        assert_never(answer)
-        return old + await self._mark_each(sale, one_by_one)
-
-    async def _mark_each(self, sale: str, marks: Sequence[tuple[Claim, Told]]) -> list[Claim]:
+        """Tell each ticket what its row says; returns the claims that Redis refused as OLD."""
         answers = await asyncio.gather(
             *(
                 self.scripts.ticket_mark(
@@ -499,7 +558,7 @@ class Confirmer:
                     seq=claim.seq,
                     version=what.version,
                     byte=what.byte.encode(),
-                    status_json=what.status,
+                    status_json=what.status(claim.order_no),
                     keep_ask=True,  # a buyer who asked to leave while claimed is still leaving
                 )
                 for claim, what in marks
@@ -507,27 +566,50 @@ class Confirmer:
         )
         return [claim for (claim, _), answer in zip(marks, answers, strict=True) if isinstance(answer, Old)]
 
-    async def _acknowledge(self, sale: str, done: Sequence[bytes], moved: Sequence[bytes]) -> None:
-        """Give the entries up, in one MULTI: XLEN is the backlog. Contacts that are in a row now leave Redis."""
+    async def _forget(self, sale: str, buyers: Sequence[bytes]) -> None:
+        """Contacts that are in a row now leave Redis, before the entries that lead to them do."""
+        if buyers:
+            await self.link.call("HDEL", SaleKeys(sale).contact, *buyers)
+
+    async def _acknowledge(self, sale: str, done: Sequence[bytes]) -> None:
+        """Give the entries up, in one MULTI: XLEN is the backlog."""
         if not done:
             return
-        keys = SaleKeys(sale)
-        commands: list[Sequence[bytes | str | int]] = [
-            ("MULTI",),
-            ("XACK", keys.orders, GROUP, *done),
-            ("XDEL", keys.orders, *done),
-        ]
-        if moved:
-            commands.append(("HDEL", keys.contact, *moved))
-        answers = await self.link.pipeline([*commands, ("EXEC",)])
+        key = SaleKeys(sale).orders
+        answers = await self.link.pipeline(
+            [("MULTI",), ("XACK", key, GROUP, *done), ("XDEL", key, *done), ("EXEC",)]
+        )
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
 
 
+def _reserved(order: NewOrder, terms: Terms) -> Told:
+    """What is told of an order that was just written, and of all that differ in nothing but the number."""
+    item = terms.items[order.sku]
+    row: dict[str, Any] = {**order._asdict(), "pay_by": None, "reason": None, "leaving": False}
+    line = {
+        "kind": "item",
+        "sku": order.sku,
+        "title": item.title,
+        "units": order.units,
+        "unit_minor": item.price_minor,
+        "amount_minor": order.amount_minor,
+    }
+    attempt: dict[str, Any] | None = None
+    if terms.default_channel is not None and order.amount_minor > 0:
+        attempt = {"channel": terms.default_channel, "state": "created", "code": None, "kind": None}
+    before, _, behind = status_json(row, [line], attempt).partition(order.order_no.encode())
+    return Told("reserved", "r", 1, before, behind)
+
+
 def _current(terms: Terms, claim: Claim) -> bool:
     item = terms.items.get(claim.sku)
     return item is not None and item.epoch == claim.epoch
+
+
+def _seq_of(pair: tuple[Claim, Told]) -> int:
+    return pair[0].seq
 
 
 def _entry_order(entry_id: bytes) -> tuple[int, int]:

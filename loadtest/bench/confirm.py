@@ -1,10 +1,12 @@
 """Goal 6: confirm, one function of the worker, against raw binary COPY into the same table, on durable stores.
 
-Four measures, interleaved round by round, each batch one transaction with synchronous_commit=on:
-    copy       COPY of the batch into purchase_order and nothing else: the limit
-    postgres   confirm's transaction: orders, their lines, events, the item's counter (no SMS: no contacts)
-    confirm    the whole step: contacts, transaction, the winners told in Redis, XACK+XDEL
+Measures, interleaved round by round, each batch one transaction with synchronous_commit=on:
+    copy       asyncpg's binary COPY of the batch into purchase_order and nothing else, one after the other: the limit
+    postgres   confirm's transaction: orders, the row that tells the shop, the item's counter (no SMS: no contacts)
+    alone      the whole step, one batch after the other: contacts, transaction, winners told, entries off the stream
+    confirm    the same as a worker does it: confirm_in_flight_max batches under way at once
     again      the same with some per cent of the entries delivered before
+    number     afterwards: the shop's events unpacked and numbered, which a loop of its own does
 After each round the books are compared: as many orders as claims, and the counter of the item says the same.
 """
 
@@ -27,11 +29,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.embedded import Postgres, Valkey, make_folder
 from app.keys import GROUP, SaleKeys
-from app.ledger import migrate
-from app.ledger.confirming import NewOrder
+from app.ledger import events, migrate
 from app.ledger.engine import create_engine
 from app.ledger.orders import order_no
-from app.purchase.confirm import Claim, Confirmer, Entry, parse
+from app.purchase.confirm import Confirmer, Entry, parse
 from app.scripts import Claimed, Joined, Link, Scripts
 from app.settings import Settings
 from loadtest.bench.machine import cpu_s, family
@@ -46,6 +47,7 @@ class Bench:
     def __init__(self, engine: AsyncEngine, link: Link, settings: Settings, stores: tuple[int, int]) -> None:
         self.engine = engine
         self.link = link
+        self.settings = settings
         self.database_url = settings.database_url
         self.scripts = Scripts(link)
         self.confirmer = Confirmer(engine, link, self.scripts, settings)
@@ -131,18 +133,20 @@ class Bench:
     async def empty(self) -> None:
         async with self.engine.begin() as conn:
             await conn.execute(
-                text("TRUNCATE purchase_order, order_line, event, sms, payment_attempt, outbox CASCADE")
+                text(
+                    "TRUNCATE purchase_order, order_line, event, sms, payment_attempt, outbox, event_batch CASCADE"
+                )
             )
             await conn.execute(text("UPDATE item SET reserved = 0"))
 
     async def copy(self, batches: int, size: int) -> float:
-        work: list[list[NewOrder]] = []
+        work: list[list[tuple[object, ...]]] = []
         at = datetime.now(UTC)
         for _ in range(batches):
             names = [f"buyer-{self.buyers + n}" for n in range(size)]
             work.append([
-                NewOrder(order_no(SALE, 1, SKU, self.buyers + n, name), SALE, SKU, name, 1, self.buyers + n, 1, 1000,
-                         "EUR", "reserved", at, 600, None)
+                (order_no(SALE, 1, SKU, self.buyers + n, name), SALE, SKU, name, 1, self.buyers + n, 1, 1000, "EUR",
+                 "reserved", at, 600)
                 for n, name in enumerate(names, 1)
             ])  # fmt: skip
             self.buyers += size
@@ -152,31 +156,27 @@ class Bench:
             self.begin()
             for batch in work:
                 async with connection.transaction():
-                    await connection.copy_records_to_table(
-                        "purchase_order", records=batch, columns=NewOrder._fields
-                    )
+                    await connection.copy_records_to_table("purchase_order", records=batch, columns=COLUMNS)
             return self.end()
         finally:
             await connection.close()
 
     async def postgres(self, batches: int, size: int) -> float:
-        work: list[list[Claim]] = []
-        for _ in range(batches):
-            parsed = [parse(SALE, entry) for entry in await self.claims(size)]
-            work.append([one for one in parsed if isinstance(one, Claim)])
+        work = [parse(SALE, await self.claims(size))[0] for _ in range(batches)]
         self.begin()
         for batch in work:
             await self.confirmer._write(SALE, batch, {}, careful=False)
         took = self.end()
-        await self.link.call("XTRIM", self.keys.orders, "MAXLEN", 0)
+        for batch in work:  # nothing may stay pending: it would keep the stream from being trimmed
+            await self.confirmer._acknowledge(SALE, [claim.entry_id for claim in batch])
         return took
+
+    async def alone(self, batches: int, size: int) -> float:
+        return await self._confirm([await self.claims(size) for _ in range(batches)], 1)
 
     async def confirm(self, batches: int, size: int) -> float:
         work = [await self.claims(size) for _ in range(batches)]
-        self.begin()
-        for batch in work:
-            await self.confirmer.confirm(SALE, batch)
-        return self.end()
+        return await self._confirm(work, self.settings.confirm_in_flight_max)
 
     async def again(self, batches: int, size: int) -> float:
         """Each batch holds REDELIVERED per cent of entries that were confirmed before."""
@@ -185,21 +185,44 @@ class Bench:
         for batch in before:
             await self.confirmer.confirm(SALE, batch)
         work = [repeated + await self.claims(size - old) for repeated in before]
+        return await self._confirm(work, self.settings.confirm_in_flight_max)
+
+    async def _confirm(self, work: list[list[Entry]], at_once: int) -> float:
+        batches = iter(work)
+
+        async def confirm() -> None:
+            for batch in batches:
+                await self.confirmer.confirm(SALE, batch)
+
         self.begin()
-        for batch in work:
-            await self.confirmer.confirm(SALE, batch)
+        await asyncio.gather(*(confirm() for _ in range(at_once)))
+        return self.end()
+
+    async def number(self, batches: int, size: int) -> float:
+        await self.confirm(batches, size)
+        self.begin()
+        for _ in range(batches * size // EVENTS_MAX + 1):
+            async with self.engine.begin() as conn:
+                await events.number(conn, EVENTS_MAX)
         return self.end()
 
 
 BATCH = 1_000
 BATCHES = 10  # a round
+EVENTS_MAX = 2_000  # as the worker's loop takes them
+COLUMNS = (
+    "order_no", "sale", "sku", "buyer_id", "epoch", "seq", "units", "amount_minor", "currency", "state", "claimed_at",
+    "pay_within_s",
+)  # fmt: skip
 REDELIVERED = 10  # per cent of a batch
 OF_COPY, AGAIN_OF_COPY = 80.0, 60.0
 NAMES = {
     "copy": "copy: raw binary COPY into `purchase_order`, nothing else",
     "postgres": "postgres: the transaction alone",
-    "confirm": "confirm: the whole step",
+    "alone": "alone: the whole step, one batch after the other",
+    "confirm": "confirm: the same as a worker does it, several batches at once",
     "again": f"again: {REDELIVERED} % were delivered before",
+    "number": "number: the events of as many orders, unpacked and numbered",
 }
 
 
@@ -237,7 +260,8 @@ async def _rounds(
     bench = Bench(engine, link, settings, (postgres.pid, valkey.pid))
     taken = {name: Taken() for name in NAMES}
     measures: dict[str, Callable[[int, int], Awaitable[float]]] = {
-        "copy": bench.copy, "postgres": bench.postgres, "confirm": bench.confirm, "again": bench.again
+        "copy": bench.copy, "postgres": bench.postgres, "alone": bench.alone, "confirm": bench.confirm,
+        "again": bench.again, "number": bench.number
     }  # fmt: skip
     void: str | None = None
     try:

@@ -16,6 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.keys import GROUP, SaleKeys
+from app.ledger import events
 from app.ledger.engine import create_engine
 from app.purchase.admit import Admitter
 from app.purchase.confirm import Confirmer, Entry
@@ -190,6 +191,13 @@ class Shop:
             "XREADGROUP", "GROUP", GROUP, "one", "COUNT", 1000, "STREAMS", self.keys.asks, ">"
         )
         return [entry for _, entries in found or () for entry in entries]
+
+    async def events(self) -> list[Any]:
+        """The shop's feed, once everything that was written has its position."""
+        async with self.engine.begin() as conn:
+            while await events.number(conn, 1000):
+                pass
+        return await self.sql("SELECT * FROM event ORDER BY position")
 
     # Looking
 

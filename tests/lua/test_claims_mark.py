@@ -6,15 +6,45 @@ from typing import Any
 
 import pytest
 
+from app.keys import GROUP
 from app.scripts import Gone, MarkedEach, Old
 from tests.lua.conftest import Stage
 
 pytestmark = pytest.mark.stores_matrix
 
 
-async def mark(stage: Stage, *seqs: int, epoch: int = 1) -> Any:
+async def read(stage: Stage, *seqs: int, consumer: str = "one") -> list[tuple[int, str, bytes]]:
+    """Deliver every entry; returns (seq, order_no, entry id) of these tickets, of all if none is named."""
+    found = await stage.link.call(
+        "XREADGROUP", "GROUP", GROUP, consumer, "COUNT", 2_000, "STREAMS", stage.keys.orders, ">"
+    )
+    tickets = [
+        (int(fields[1].split(b"|")[3]), entry_id)
+        for _, entries in found or ()
+        for entry_id, fields in entries
+    ]
+    return [(seq, number(seq), entry_id) for seq, entry_id in sorted(tickets) if not seqs or seq in seqs]
+
+
+def number(seq: int) -> str:
+    return f"{seq:024d}"
+
+
+async def mark(stage: Stage, *tickets: tuple[int, str, bytes], epoch: int = 1, newest: int = -1) -> Any:
     return await stage.scripts.claims_mark(
-        sale="x", epoch=epoch, sku="A", tickets=[(seq, b'{"n":%d}' % seq) for seq in seqs], now_ms=stage.now
+        sale="x", epoch=epoch, sku="A", before=b'{"n":"', behind=b'"}', tickets=tickets, newest=newest % len(tickets),
+        now_ms=stage.now,
+    )  # fmt: skip
+
+
+NONE = (1, number(1), b"1-1")
+
+
+async def left(stage: Stage) -> tuple[int, int]:
+    """Entries in the stream, and those of them that are pending."""
+    return (
+        await stage.link.call("XLEN", stage.keys.orders),
+        (await stage.link.call("XPENDING", stage.keys.orders, GROUP))[0],
     )
 
 
@@ -22,11 +52,12 @@ async def test_claimed_tickets_are_reserved_and_told_version_one(stage: Stage) -
     await stage.publish(5)
     await stage.join("ann", "bob", "cid", "dan")
     await stage.ask(2, "leave", buyer="bob")
-    assert await mark(stage, 1, 2, 4) == MarkedEach("111")
+    assert await mark(stage, *await read(stage, 1, 2, 4)) == MarkedEach("111")
+    assert await left(stage) == (1, 1)  # the third is still to be told
     assert await stage.outcome() == b"rrcr"
     told = await stage.status()
     assert {name: told[name] for name in ("A:1", "A:2", "A:4")} == {
-        "A:1": '1|r|{"n":1}', "A:2": '1|r|{"n":2}', "A:4": '1|r|{"n":4}',
+        f"A:{seq}": '1|r|{"n":"' + number(seq) + '"}' for seq in (1, 2, 4)
     }  # fmt: skip
     assert "A:2:a" in told  # still leaving
 
@@ -34,45 +65,109 @@ async def test_claimed_tickets_are_reserved_and_told_version_one(stage: Stage) -
 async def test_it_tells_what_ticket_mark_would_have_told(stage: Stage) -> None:
     await stage.publish(5)
     await stage.join("ann", "bob")
-    await stage.mark(1, 1, b"r", json='{"n":2}', keep_ask=True)
-    await mark(stage, 2)
+    await stage.mark(1, 1, b"r", json='{"n":"' + number(2) + '"}', keep_ask=True)
+    await mark(stage, *await read(stage, 2))
     assert await stage.outcome() == b"rr"
     told = await stage.status()
     assert told["A:1"] == told["A:2"]
 
 
-async def test_a_ticket_that_was_told_before_has_ended_or_waits_is_left_alone(stage: Stage) -> None:
+async def test_a_ticket_that_ended_untold_or_waits_is_left_alone_with_its_entry(stage: Stage) -> None:
     await stage.publish(3)
     await stage.join("ann", "bob", "cid")
+    (ann, bob, cid) = await read(stage)
+    await stage.link.call("SETRANGE", stage.keys.outcome("A"), 0, "e")
+    assert await mark(stage, ann, bob, cid, (9, number(9), b"1-1"), newest=2) == MarkedEach("0110")
+    assert await stage.outcome() == b"err"
+    told = await stage.status()
+    assert sorted(told) == ["A:2", "A:3"]
+    assert await left(stage) == (1, 1)
+
+
+async def test_what_was_told_is_never_told_again_but_its_entry_is_done(stage: Stage) -> None:
+    """Anything told has version 1 or a later one: a redelivered batch costs one call too."""
+    await stage.publish(3)
+    await stage.join("ann", "bob", "cid")
+    tickets = await read(stage)
     await stage.mark(1, 4, b"p")
     await stage.release(2, 1)
-    before = await stage.outcome()
-    assert await mark(stage, 1, 2, 3, 9) == MarkedEach("0010")
+    before, told_before = await stage.outcome(), await stage.status()
+    assert await mark(stage, *tickets) == MarkedEach("111")
     assert await stage.outcome() == before[:2] + b"r"
     told = await stage.status()
-    assert told["A:1"].startswith("4|p|")
-    assert told["A:2"].startswith("1|e|")
-    assert "A:9" not in told
+    assert (told["A:1"], told["A:2"]) == (told_before["A:1"], told_before["A:2"])
+    assert await left(stage) == (0, 0)
+
+
+async def test_a_claimed_ticket_that_was_told_keeps_its_byte_among_others(stage: Stage) -> None:
+    """units_retake leaves it claimed, with a newer version: only ticket_mark may go on from there."""
+    await stage.publish(5)
+    await stage.join("ann", "bob", "cid", "dan")
+    tickets = await read(stage)
+    await stage.mark(2, 1, b"r")
+    await stage.release(2, 2)
+    await stage.retake(2, 2)
+    assert await stage.outcome() == b"cccc"
+    told = (await stage.status())["A:2"]
+    assert await mark(stage, *tickets) == MarkedEach("1111")
+    assert await stage.outcome() == b"rcrr"
+    assert (await stage.status())["A:2"] == told
+    assert await left(stage) == (0, 0)
 
 
 async def test_nothing_to_mark_changes_nothing(stage: Stage, unchanged: Any) -> None:
     await stage.publish(3)
     await stage.join("ann")
-    await stage.mark(1, 1, b"r")
-    assert await unchanged(mark(stage, 1)) == MarkedEach("0")
+    (ticket,) = await read(stage)
+    await stage.link.call("SETRANGE", stage.keys.outcome("A"), 0, "k")
+    assert await unchanged(mark(stage, ticket)) == MarkedEach("0")
 
 
 async def test_another_epoch_or_no_sale_changes_nothing(stage: Stage, unchanged: Any) -> None:
-    assert isinstance(await mark(stage, 1), Gone)
+    assert isinstance(await mark(stage, NONE), Gone)
     await stage.publish(3)
     await stage.join("ann")
-    assert isinstance(await unchanged(mark(stage, 1, epoch=2)), Old)
+    (ticket,) = await read(stage)
+    assert isinstance(await unchanged(mark(stage, ticket, epoch=2)), Old)
 
 
 async def test_a_whole_batch_is_told(stage: Stage) -> None:
     await stage.publish(1_000)
     for first in range(0, 1_000, 250):
         await stage.join(*[f"b{first + n}" for n in range(250)])
-    assert await mark(stage, *range(1, 1_001)) == MarkedEach("1" * 1_000)
+    assert await mark(stage, *await read(stage)) == MarkedEach("1" * 1_000)
     assert await stage.outcome() == b"r" * 1_000
     assert len(await stage.status()) == 1_000
+    assert await left(stage) == (0, 0)
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+async def test_entries_that_others_hold_or_nobody_has_had_stay(stage: Stage, newest_first: bool) -> None:
+    """The stream is trimmed only up to the oldest entry that is pending; nothing that is not done is lost."""
+    await stage.publish(300)
+    await stage.join(*[f"a{n}" for n in range(120)])
+    ours = await read(stage)
+    await stage.join(*[f"b{n}" for n in range(120)])
+    theirs = await read(stage, consumer="two")
+    await stage.join("last")  # nobody has had it
+    first, second = (theirs, ours) if newest_first else (ours, theirs)
+    assert await mark(stage, *first) == MarkedEach("1" * 120)
+    assert await left(stage) == (121, 120)
+    kept = await stage.link.call("XRANGE", stage.keys.orders, "-", "+")
+    assert {entry_id for entry_id, _ in kept[:120]} <= {entry_id for _, _, entry_id in second} | {kept[-1][0]}
+    assert await mark(stage, *second[:60]) == MarkedEach("1" * 60)
+    assert await left(stage) == (61, 60)
+    assert await mark(stage, *second[60:]) == MarkedEach("1" * 60)
+    assert await left(stage) == (1, 0)
+    assert len(await read(stage)) == 1
+
+
+async def test_a_caller_who_names_another_newest_entry_loses_nothing(stage: Stage) -> None:
+    await stage.publish(10)
+    await stage.join(*[f"b{n}" for n in range(6)])
+    tickets = await read(stage)
+    assert await mark(stage, *tickets, newest=2) == MarkedEach("111111")
+    await stage.join("next")
+    assert (await left(stage))[1] == 0
+    await mark(stage, *await read(stage))
+    assert await left(stage) == (0, 0)  # what was left over goes with the next

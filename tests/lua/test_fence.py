@@ -21,7 +21,14 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
     "stock_add": lambda stage: stage.add(1, "t"),
     "ticket_mark": lambda stage: stage.mark(1, 9, b"r"),
     "claims_mark": lambda stage: stage.scripts.claims_mark(
-        sale="x", epoch=stage.epoch, sku="A", tickets=[(1, b"{}")], now_ms=stage.now
+        sale="x",
+        epoch=stage.epoch,
+        sku="A",
+        before=b"{",
+        behind=b"}",
+        tickets=[(1, "n" * 24, b"1-1")],
+        newest=0,
+        now_ms=stage.now,
     ),
     "ask_put": lambda stage: stage.ask(1, "leave"),
     "sale_switch": lambda stage: stage.switch(9, paused=1),

@@ -107,7 +107,7 @@ async def test_an_order_whose_supplier_is_out_gets_more_time_and_its_ticket_says
     version, byte, told = await stage.shop.told(row["seq"]) or (0, b"", {})
     assert (version, byte, told["order"]["extended_s"]) == (before + 1, b"r", MORE)
     assert told["order"]["pay_by"].startswith(f"{row['pay_by']:%Y-%m-%dT%H:%M:%S}")
-    assert {event["type"] for event in await stage.shop.sql("SELECT type FROM event")} == {"order.reserved"}
+    assert {event["type"] for event in await stage.shop.events()} == {"order.reserved"}
 
 
 async def test_while_the_supplier_works_no_deadline_moves(stage: Outages) -> None:

@@ -50,7 +50,7 @@ async def test_an_unpaid_order_expires_and_its_unit_goes_back_once(shop: Shop) -
     assert await shop.byte(row["seq"]) == b"e"
     version, byte, told = await shop.told(row["seq"]) or (0, b"", {})
     assert (version, byte, told["order"]["state"]) == (2, b"e", "expired")
-    assert {event["type"] for event in await shop.sql("SELECT type FROM event")} == {
+    assert {event["type"] for event in await shop.events()} == {
         "order.reserved",
         "order.expired",
     }

@@ -63,13 +63,13 @@ class Chaos:
             case "die after commit":
                 entries = await shop.read()
                 if entries:
-                    real = type(shop.confirmer).mark
+                    real = type(shop.confirmer)._tell
                     try:
-                        type(shop.confirmer).mark = _die  # type: ignore[method-assign,assignment]
+                        type(shop.confirmer)._tell = _die  # type: ignore[method-assign,assignment]
                         with pytest.raises(RuntimeError):
                             await shop.confirmer.confirm(SALE, entries)
                     finally:
-                        type(shop.confirmer).mark = real  # type: ignore[method-assign]
+                        type(shop.confirmer)._tell = real  # type: ignore[method-assign]
             case "take over":
                 entries = await shop.take_over()
                 if entries:
