@@ -202,7 +202,8 @@ def test_the_report_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
     found = Found(
         [at_least(1, "join", "here", 75, lambda: {"by CPU": [80.0]})],
         [course_sheet("here", [course("r1", round_of(40)), course("join", void="gone")], None, None)],
-        {"uvicorn, 1 front process, 64 connections": [course("r1", round_of(40)), course("join", round_of(60, redis=4))],
+        {"uvicorn, 1 front process, 64 connections":
+             [course("r1", round_of(40)), course("join", round_of(60, redis=4))],
          "growth, join": [course("a, 10⁴", round_of(1, redis=1)), course("b, 10⁵", round_of(1, redis=1))],
          "growth, poll": [course("a, 10⁴", round_of(1)), course("b, 10⁵", round_of(1))]},
         {"latency": {"quantiles": [0.5, 0.99], "ms": {"R1": [1.0, 4.0], "join": [2.0, 9.0]}}},
