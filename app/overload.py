@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 LONG_TURNS = 3  # long turns in a row put the gate up: one alone is a pause of the machine, not a crowd
 SLICE_S = 0.005  # s of queued requests served in one turn of the loop: newcomers wait that long to be told
+CROWD_MIN = 512  # fewer are no crowd, however slow the machine is just now: they wait, nobody is turned away
 SMOOTH = 0.2  # weight of the latest turn in the speed of the queue
 CALM_S = 1.0  # s in which nobody waited long, after which the gate comes down
 
@@ -24,13 +25,16 @@ CALM_S = 1.0  # s in which nobody waited long, after which the gate comes down
 class Gate(Generic[T]):
     """The queue in front of one process.
 
-    turn_max_s: a longer turn of the event loop is a sign of a crowd. wait_max_s: who would wait longer is turned away.
-    clock: monotonic seconds.
+    turn_max_s: a longer turn of the event loop is a sign of a crowd. wait_max_s: who would wait longer is turned away,
+    if crowd_min are queued. clock: monotonic seconds.
     """
 
-    def __init__(self, turn_max_s: float, wait_max_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, turn_max_s: float, wait_max_s: float, clock: Callable[[], float], crowd_min: int = CROWD_MIN
+    ) -> None:
         self.turn_max_s = turn_max_s
         self.wait_max_s = wait_max_s
+        self.crowd_min = crowd_min
         self._clock = clock
         self.up = False
         self.turned_away = 0
@@ -64,7 +68,7 @@ class Gate(Generic[T]):
 
     @property
     def full(self) -> bool:
-        return self.wait_s > self.wait_max_s
+        return len(self._queue) >= self.crowd_min and self.wait_s > self.wait_max_s
 
     def put(self, entry: T) -> None:
         """Let one wait for its turn, whether there is room or not: what has begun is never turned away."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.overload import Gate
+from app.overload import CROWD_MIN, Gate
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
@@ -102,7 +102,12 @@ def http_protocol(settings: Settings, express: Express | None = None) -> type[Ht
     dates: tuple[Any, bytes] = (None, b"")
     gate: Gate[tuple[Wire, bytes]] | None = None
     if express is not None and settings.overload_wait_max_ms > 0:
-        gate = Gate(settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000, time.perf_counter)
+        gate = Gate(
+            settings.overload_turn_ms / 1000,
+            settings.overload_wait_max_ms / 1000,
+            time.perf_counter,
+            CROWD_MIN,
+        )
     watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
 
     def watch(loop: asyncio.AbstractEventLoop) -> None:

@@ -266,7 +266,10 @@ async def test_a_hundred_bad_clients_cost_the_others_nothing() -> None:
         assert grown < 150 * 500_000
 
 
-async def test_a_crowd_is_told_503_at_once_and_everyone_gets_one_answer() -> None:
+async def test_a_crowd_is_told_503_at_once_and_everyone_gets_one_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wire, "CROWD_MIN", 8)
     async with serving(overload_turn_ms=5, overload_wait_max_ms=30) as front:
         front.shop.busy_s = 0.004
         readers = [await asyncio.open_connection("127.0.0.1", front.port) for _ in range(60)]

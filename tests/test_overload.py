@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def gate(clock: Clock) -> Gate[int]:
-    return Gate(TURN_S, WAIT_S, clock)
+    return Gate(TURN_S, WAIT_S, clock, crowd_min=1)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,16 @@ def test_newcomers_are_turned_away_while_the_first_has_waited_too_long(gate: Gat
     assert not gate.full  # the second came later
 
 
+def test_a_few_are_never_turned_away_however_slow_the_machine_is(clock: Clock) -> None:
+    gate: Gate[int] = Gate(TURN_S, WAIT_S, clock, crowd_min=3)
+    gate.put(1)
+    gate.put(2)
+    clock.now += 60
+    assert not gate.full
+    gate.put(3)
+    assert gate.full
+
+
 def test_newcomers_are_turned_away_from_a_queue_that_is_too_long_for_its_speed(
     gate: Gate[int], clock: Clock
 ) -> None:
@@ -123,7 +133,7 @@ class Process:
 
     def run(self, per_s: float, seconds: float, draw: random.Random) -> tuple[float, float, float]:
         """Requests at random moments. Returns served a second, and the longest waits of served and refused, in s."""
-        gate: Gate[float] = Gate(TURN_S, WAIT_S, self.clock)
+        gate: Gate[float] = Gate(TURN_S, WAIT_S, self.clock, crowd_min=1)
         gate.up = True
         end = self.clock.now + seconds
         coming = self.clock.now
@@ -171,7 +181,7 @@ def test_a_crowd_is_served_at_full_speed_and_the_rest_is_told_at_once(
 @given(steps=st.lists(st.tuples(st.sampled_from(["put", "take", "turn"]), st.floats(0, 0.3)), max_size=60))
 def test_nobody_is_lost_or_overtaken(steps: list[tuple[str, float]]) -> None:
     clock = Clock()
-    gate: Gate[int] = Gate(TURN_S, WAIT_S, clock)
+    gate: Gate[int] = Gate(TURN_S, WAIT_S, clock, crowd_min=1)
     put, taken = 0, []
     for step, passes in steps:
         clock.now += passes
@@ -183,7 +193,7 @@ def test_nobody_is_lost_or_overtaken(steps: list[tuple[str, float]]) -> None:
                 taken += list(gate.take())
             case _:
                 gate.turned(passes)
-        assert gate.full == (gate.wait_s > WAIT_S)
+        assert gate.full == (len(gate) > 0 and gate.wait_s > WAIT_S)
         assert len(gate) == put - len(taken)
     while gate:
         taken += list(gate.take())

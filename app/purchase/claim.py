@@ -18,6 +18,10 @@ from app.settings import Settings
 
 T = TypeVar("T")
 
+CALLS_QUEUED = (
+    2  # whole calls that wait for Redis before newcomers may be refused: fewer are a pause, not a crowd
+)
+
 # ((buyer_id, units, again, ticket hash) as line_join takes it, perf_counter() when it was asked)
 Wish = tuple[tuple[bytes, int, bool, bytes], float]
 Reply = JoinAnswer | Old | Gone
@@ -33,6 +37,7 @@ class Claims(Generic[T]):
         self._scripts = scripts
         self._snapshots = snapshots
         self._told = told
+        self._crowd_min = CALLS_QUEUED * settings.batch_max
         self._wait_max_s = settings.join_wait_max_ms / 1000
         self._queues: dict[ItemView, Batcher[Wish, T]] = {}
         self.batches = 0
@@ -52,9 +57,10 @@ class Claims(Generic[T]):
         queue = self._queues.get(item)
         if queue is None:
             queue = self._queues[item] = self._queue(view, item)
-        first = queue.first
-        if first is not None and wish[1] - first[1] > self._wait_max_s:
-            raise crowded()
+        if len(queue) >= self._crowd_min:
+            first = queue.first
+            if first is not None and wish[1] - first[1] > self._wait_max_s:
+                raise crowded()
         try:
             return queue.submit(wish)
         except Full:

@@ -60,6 +60,7 @@ async def test_newcomers_do_not_wait_for_a_redis_that_keeps_others_waiting(
     await seen()
     claims = front.app.door.claims
     claims._wait_max_s = 0.1
+    claims._crowd_min = 1
     await redis.execute_command("CLIENT", "PAUSE", 1_500, "WRITE")
     calls = front.app.door.settings.batch_in_flight_max
     under_way = []
