@@ -83,6 +83,12 @@ test: check ## everything that has to hold: static checks, then all tests, in pa
 planted: $(MADE_DEV) ## the checker is checked: every planted bug is caught, and without it the same sale is fine
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal --durations=40 tests/chaos/test_planted.py
 
+SEED ?= 1
+RUNS ?= 10
+.PHONY: chaos
+chaos: $(MADE_DEV) ## kill everything in the middle of sales and let the judge look: SEED=1 RUNS=10, ARGS=--points
+	$(BIN)/python -m tests.chaos.chaos --seed $(SEED) --runs $(RUNS) $(ARGS)
+
 .PHONY: format
 format: $(MADE_DEV) ## let ruff put the code in form
 	$(BIN)/ruff check --fix .

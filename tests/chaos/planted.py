@@ -199,7 +199,7 @@ PLANS: dict[str, Plan] = {
             units=6,
             buyers=at_the_deadline,
             control={"late_pay": True},
-            points={"worker": "expire.before_row:sleep=1:50"},
+            points={"worker": "expire.cleared:sleep=1:50"},
             open_for_s=5.0,
         ),
         Plan(

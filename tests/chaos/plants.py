@@ -15,6 +15,7 @@ import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import scripts
+from app.desk import hooks
 from app.errors import DidNotHappen, Unknown
 from app.ledger import confirming, orders
 from app.providers.answer import Done
@@ -149,7 +150,7 @@ def failover_while_unknown() -> None:
 
 def acknowledged_before_commit() -> None:
     """The supplier gets its 2xx, and the call-back is worked on afterwards."""
-    real = pay.take_hook
+    real = hooks.take_hook
     under_way: set[asyncio.Task[Any]] = set()
 
     async def eager(engine: Any, providers: Any, name: str, headers: Any, raw_body: bytes) -> HookAnswer:
@@ -157,7 +158,7 @@ def acknowledged_before_commit() -> None:
         under_way.add(task)
         return providers.payment[name].hook_reply(ok=True)  # type: ignore[no-any-return]
 
-    pay.take_hook = eager
+    hooks.take_hook = eager
 
 
 async def _later(work: Any) -> None:

@@ -15,6 +15,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from app.desk import hooks
 from app.ledger import confirming, orders, outbox, payments
 from app.providers.guard import GuardedPayment
 from app.purchase import confirm, pay
@@ -41,6 +42,7 @@ POINTS: dict[str, Point] = {
     "confirm.after_commit": Point(confirm.Confirmer, "_write", "after", "worker", "after COMMIT, before status"),
     "confirm.before_ack": Point(confirm.Confirmer, "_acknowledge", "before", "worker", "before XACK"),
     "confirm.bury": Point(confirming, "bury", "after", "worker", "poison entry"),
+    "expire.cleared": Point(pay, "clear_attempts", "after", "worker", "paid against expired"),
     "expire.before_row": Point(orders, "expire", "before", "worker", "expirer before the row"),
     "expire.in_transaction": Point(orders, "expire", "after", "worker", "expirer after the row, before COMMIT"),
     "relay.before_script": Point(Scripts, "units_release", "before", "worker", "expirer after the row, before Redis"),
@@ -51,8 +53,8 @@ POINTS: dict[str, Point] = {
     "pay.before_send": Point(GuardedPayment, "create", "before", "worker", "payment: before send"),
     "pay.after_send": Point(GuardedPayment, "create", "after", "worker", "payment: no answer"),
     "pay.close": Point(GuardedPayment, "close", "after", "worker", "payment: closed, not on record"),
-    "hook.before_commit": Point(pay, "_take", "before", "office", "webhook before commit"),
-    "hook.after_commit": Point(pay, "take_hook", "after", "office", "webhook after commit"),
+    "hook.before_commit": Point(payments, "pay_plainly", "before", "office", "webhook before commit"),
+    "hook.after_commit": Point(hooks, "take_hook", "after", "office", "webhook after commit"),
     "late.after_retake": Point(Scripts, "units_retake", "after", "worker", "late money between Redis and Postgres"),
     "refund.after_send": Point(GuardedPayment, "refund", "after", "worker", "refund: no answer"),
     "capture.in_transaction": Point(payments, "capture_add", "after", "office", "paid, before COMMIT"),

@@ -121,6 +121,7 @@ class Outcome:
     deaths: list[str]
     surprises: list[BaseException]
     rested: bool
+    history: Path
 
 
 def people(
@@ -245,7 +246,15 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
         record.close()
         stores.drop_database(database_url)
     lines = read(folder / "history.jsonl")
-    return Outcome(judge(lines), lines, time.monotonic() - began, system.deaths, surprises, rested)
+    return Outcome(
+        judge(lines),
+        lines,
+        time.monotonic() - began,
+        system.deaths,
+        surprises,
+        rested,
+        folder / "history.jsonl",
+    )
 
 
 async def _known(system: System, sale: str) -> None:
