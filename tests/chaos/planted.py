@@ -131,8 +131,11 @@ def three_who_never_pay(dice: random.Random) -> list[Buyer]:
 
 
 def at_the_deadline(dice: random.Random) -> list[Buyer]:
-    """All pay, half of them just after their deadline."""
-    return [Buyer(buyer_id=f"b{n:02d}", arrives_s=0.05 * n, think_s=2.45 if n % 2 else 0.1) for n in range(6)]
+    """All pay: some at once, the others one after the other around their deadline of two seconds."""
+    return [
+        Buyer(buyer_id=f"b{n:02d}", arrives_s=0.03 * n, think_s=0.1 if n < 2 else 1.4 + 0.2 * n)
+        for n in range(10)
+    ]
 
 
 def prompt(dice: random.Random) -> list[Buyer]:
@@ -196,10 +199,11 @@ PLANS: dict[str, Plan] = {
             "expiry_without_guard",
             frozenset({"money", "bank"}),
             ("expiry_without_guard",),
-            units=6,
+            units=10,
             buyers=at_the_deadline,
             control={"late_pay": True},
-            points={"worker": "expire.cleared:sleep=1:50"},
+            points={"worker": "expire.cleared:sleep=1.2:50"},
+            environment={"FAIRDROP_LEASE_S": "4"},
             open_for_s=5.0,
         ),
         Plan(
