@@ -6,9 +6,13 @@ from typing import Annotated, Any, cast
 
 import msgspec
 from fastapi import APIRouter, Path, Request, Response
+from sqlalchemy.exc import SQLAlchemyError
 
+from app.ledger.engine import passes
 from app.problems import bounded_body, refusals, refuse
+from app.providers.payment import HookForged
 from app.providers.registry import Providers
+from app.purchase import tell
 from app.purchase.hook import HOOK_BODY_MAX_BYTES, take_hook
 
 router = APIRouter(tags=["hooks"])
@@ -18,6 +22,7 @@ router = APIRouter(tags=["hooks"])
     "/v1/hooks/{provider}",
     responses={
         200: {"description": "the supplier's own success reply: committed", "content": {"*/*": {}}},
+        204: {"description": "a report of a text is committed, or says nothing new"},
         503: {"description": "not committed: call again"},
         **refusals("hook_refused", "no_such_provider", "too_large", "invalid"),
     },
@@ -31,6 +36,8 @@ async def hook(
     """Signature, timestamp, amount, currency, merchant and order number are verified on the raw bytes."""
     state = request.app.state
     raw = await bounded_body(request, HOOK_BODY_MAX_BYTES)
+    if provider in state.providers.sms:
+        return await _report(provider, request, raw)
     if provider not in state.providers.payment:
         raise refuse("no_such_provider")
     answer = await take_hook(
@@ -41,3 +48,21 @@ async def hook(
         raise refuse("hook_refused" if answer.status == 401 else "invalid", extra={"why": why})
     headers = {**answer.headers, "content-type": answer.content_type}
     return Response(answer.body, status_code=answer.status, headers=headers)
+
+
+async def _report(provider: str, request: Request, raw: bytes) -> Response:
+    """An SMS supplier's report of what became of a text."""
+    state = request.app.state
+    try:
+        taken = await tell.take_report(
+            state.engine, cast(Providers, state.providers), provider, dict(request.headers), raw
+        )
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        if not passes(error):
+            raise
+        return Response(status_code=503)
+    if isinstance(taken, HookForged):
+        raise refuse("hook_refused", extra={"why": taken.code})
+    if taken == "no_such_provider":
+        raise refuse("no_such_provider")
+    return Response(status_code=204)

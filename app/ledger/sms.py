@@ -101,6 +101,25 @@ async def sweep(conn: AsyncConnection) -> tuple[int, int]:
     return int(dropped.rowcount), int(unknown.rowcount)
 
 
+async def report(
+    conn: AsyncConnection, provider: str, provider_ref: str, arrived: bool, code: str | None
+) -> bool:
+    """A sent text has arrived, or never will: then it has failed, and is shown on the ticket; it is not sent again.
+
+    False: nothing changed (a copy, one that came too late, or a text that is not ours).
+    """
+    found = await conn.execute(
+        text(
+            "UPDATE sms SET delivered_at = CASE WHEN :arrived THEN now() END,"
+            " state = CASE WHEN :arrived THEN state ELSE 'failed' END,"
+            " code = CASE WHEN :arrived THEN code ELSE coalesce(:code, 'not_delivered') END"
+            " WHERE provider = :provider AND provider_ref = :ref AND state = 'sent' AND delivered_at IS NULL"
+        ),
+        {"provider": provider, "ref": provider_ref, "arrived": arrived, "code": code},
+    )
+    return bool(found.rowcount)
+
+
 async def unshown(conn: AsyncConnection, after_s: float, limit: int) -> list[Row]:
     """Locked: texts that failed, may have, or wait longer than `after_s`, and are not on the ticket yet; with facts."""
     found = await conn.execute(

@@ -406,6 +406,7 @@ sms = sa.Table(
     sa.Column("next_at", At, nullable=False, server_default=NOW),
     sa.Column("leased_until", At),
     sa.Column("generation", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("delivered_at", At),  # the supplier reports that the phone has it
     sa.Column(
         "shown", sa.Text
     ),  # on the ticket instead, because no channel took it in time; '' = nothing to show
@@ -414,6 +415,9 @@ sms = sa.Table(
     ),  # under its number's limits
     _one_of("state", SMS_STATES, "sms_state_known"),
     sa.UniqueConstraint("order_no", "template", name="one_sms_a_step"),
+)
+sa.Index(
+    "sms_by_ref", sms.c.provider, sms.c.provider_ref, postgresql_where=sa.text("provider_ref IS NOT NULL")
 )
 sa.Index(
     "sms_unshown",

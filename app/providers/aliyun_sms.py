@@ -2,7 +2,8 @@
 
 Sources: help.aliyun.com/zh/sdk/product-overview/v3-request-structure-and-signature;
 help.aliyun.com/zh/sms/developer-reference/api-error-codes; limits: 50 notices a day for one number, signature and
-template, 1 a minute, 5 an hour, 10 a day of verification codes (developer.aliyun.com/ask/218440).
+template, 1 a minute, 5 an hour, 10 a day of verification codes (developer.aliyun.com/ask/218440, /ask/474934).
+Reports (help.aliyun.com/zh/sms/developer-reference/smsreport-2) are not signed, so none are taken.
 There is no idempotency key: `OutId` only comes back in receipts. So an unknown result is never repeated.
 """
 
@@ -32,6 +33,7 @@ OUT_ID_MAX = 256
 # The account or the channel as a whole: nothing was sent, another supplier can, and this one is not well.
 _CHANNEL = frozenset(
     {
+        "isp.RAM_PERMISSION_DENY",
         "isv.ACCOUNT_ABNORMAL",
         "isv.ACCOUNT_NOT_EXISTS",
         "isv.AMOUNT_NOT_ENOUGH",
@@ -41,12 +43,16 @@ _CHANNEL = frozenset(
         "isv.OUT_OF_SERVICE",
         "isv.PRODUCT_UNSUBSCRIBE",
         "isv.PRODUCT_UN_SUBSCRIPT",
-        "isp.RAM_PERMISSION_DENY",
+        "isv.RAM_PERMISSION_DENY",
+        "isv.SECURITY_FROZEN_ACCOUNT",
     }
 )
 # About this number or this text, wherever it is sent from.
 _FINAL = frozenset(["isv.MOBILE_NUMBER_ILLEGAL", "isv.MOBILE_COUNT_OVER_LIMIT", "isv.SMS_CONTENT_ILLEGAL"])
 _UNKNOWN = frozenset({"isp.SYSTEM_ERROR"})
+# Too many to this number, or of this text: not sent, and nobody is ill. In a minute it may go, or by another supplier.
+_LIMITED = "isv.BUSINESS_LIMIT_CONTROL"
+LIMITED_MS = 60_000
 
 
 class _Reply(msgspec.Struct, rename="pascal", kw_only=True):
@@ -140,6 +146,8 @@ def _meaning(reply: httpx.Response) -> Answer[Sent]:
         return Done(Sent(found.biz_id))
     if code.startswith("Throttling") or reply.status_code == 429:
         return NotDone(code, wire.retry_after_ms(reply), Result.IGNORED)
+    if code == _LIMITED:
+        return NotDone(code, LIMITED_MS, Result.IGNORED)
     if code in _UNKNOWN or reply.status_code >= 500:
         return MaybeDone(code)
     if code in _CHANNEL or reply.status_code in (

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from app.providers.answer import Answer
+from app.providers.payment import HookForged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,28 @@ class Text:
 @dataclass(frozen=True, slots=True)
 class Sent:
     provider_ref: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmsStatus:
+    """What became of a text, as its supplier reports it. event_id: the same for every copy of one report.
+
+    arrived: None = it is still on its way. code: why not. The phone number that a report may carry is not kept.
+    """
+
+    event_id: str
+    provider_ref: str
+    status: str
+    arrived: bool | None
+    code: str | None
+
+
+@runtime_checkable
+class ReportsStatus(Protocol):
+    """A supplier whose reports are signed. (Aliyun's and Tencent Cloud's are not: anyone could send one.)"""
+
+    def read_status(self, headers: Mapping[str, str], raw_body: bytes) -> SmsStatus | HookForged:
+        """Verify a report on its raw bytes. headers: names in lower case."""
 
 
 class SmsProvider(Protocol):

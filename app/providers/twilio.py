@@ -1,6 +1,7 @@
 """SMS through Twilio (Programmable Messaging), Basic auth; its status call-backs, signed X-Twilio-Signature.
 
-Sources: twilio.com/docs/messaging/api/message-resource, /docs/api/errors, /docs/usage/security#validating-requests.
+Sources: twilio.com/docs/messaging/api/message-resource, /docs/api/errors, /docs/usage/security#validating-requests,
+/docs/messaging/guides/outbound-message-status-in-status-callbacks (no call-back is sent again).
 There is no idempotency key, so an unknown result is never repeated. A text has at most 1,600 characters.
 """
 
@@ -10,7 +11,6 @@ import base64
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
@@ -22,7 +22,7 @@ from app.errors import CannotStart
 from app.providers import signing, wire
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.payment import HookForged
-from app.providers.sms import Sent, Text
+from app.providers.sms import Sent, SmsStatus, Text
 
 API_URL: Final = "https://api.twilio.com"
 BODY_MAX = 1_600
@@ -35,6 +35,10 @@ _CHANNEL = frozenset(
 )
 
 
+# MessageStatus: the phone has it (true), never will (false); others are on the way.
+_ARRIVED = {"delivered": True, "read": True, "undelivered": False, "failed": False, "canceled": False}
+
+
 class _Message(msgspec.Struct, kw_only=True):
     sid: str
     status: str = ""
@@ -42,16 +46,6 @@ class _Message(msgspec.Struct, kw_only=True):
 
 class _Error(msgspec.Struct, kw_only=True):
     code: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SmsStatus:
-    """What became of a text, as Twilio says it. event_id: the same for every copy of one call-back."""
-
-    event_id: str
-    provider_ref: str
-    status: str  # queued | sending | sent | delivered | undelivered | failed
-    code: str | None
 
 
 class Twilio:
@@ -109,8 +103,13 @@ class Twilio:
         sid, status = fields.get("MessageSid"), fields.get("MessageStatus")
         if not sid or not status or fields.get("AccountSid") != self._sid:
             return HookForged("malformed" if not sid or not status else "merchant_wrong")
+        code = fields.get("ErrorCode")
         return SmsStatus(
-            event_id=f"{sid}:{status}", provider_ref=sid, status=status, code=fields.get("ErrorCode") or None
+            event_id=f"{sid}:{status}",
+            provider_ref=sid,
+            status=status,
+            arrived=_ARRIVED.get(status),
+            code=f"twilio_{code}" if code else None,
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
@@ -25,8 +25,9 @@ from app.errors import DidNotHappen, Unknown
 from app.ledger import orders, sms
 from app.ledger.engine import alone
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
+from app.providers.payment import HookForged
 from app.providers.registry import Providers
-from app.providers.sms import Sent, Text
+from app.providers.sms import ReportsStatus, Sent, Text
 from app.purchase.leased import backoff_s, work_off
 from app.scripts import Scripts, Wait
 from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
@@ -288,6 +289,32 @@ def _open(keys: Sequence[SealingKey], row: Row) -> Contact | None:
     except (CannotOpen, msgspec.MsgspecError) as error:
         log.error("contact_cannot_be_opened", sms=row["id"], error=type(error).__name__)
         return None
+
+
+# Reports
+
+Taken = Literal["taken", "known", "no_such_provider"]
+
+
+async def take_report(
+    engine: AsyncEngine, providers: Providers, name: str, headers: Mapping[str, str], raw_body: bytes
+) -> Taken | HookForged:
+    """A supplier's signed report of what became of a text. HookForged: refuse it; nothing changed."""
+    provider = providers.sms.get(name)
+    if provider is None or not isinstance(provider.adapter, ReportsStatus):
+        return "no_such_provider"
+    status = provider.adapter.read_status({key.lower(): value for key, value in headers.items()}, raw_body)
+    if isinstance(status, HookForged):
+        TEXTS.labels("any", "report_refused").inc()
+        log.warning("sms_report_refused", provider=name, code=status.code)
+        return status
+    if status.arrived is None:
+        return "known"
+    async with alone(engine) as conn:
+        changed = await sms.report(conn, name, status.provider_ref, status.arrived, status.code)
+    if changed:
+        TEXTS.labels("any", "delivered" if status.arrived else "not_delivered").inc()
+    return "taken" if changed else "known"
 
 
 # On the ticket

@@ -131,7 +131,11 @@ async def test_without_a_template_another_supplier_may(api: TencentApi, sms: Ten
     [
         ("FailedOperation.PhoneNumberInBlacklist", Refused("FailedOperation.PhoneNumberInBlacklist")),
         ("InvalidParameterValue.IncorrectPhoneNumber", Refused("InvalidParameterValue.IncorrectPhoneNumber")),
-        ("LimitExceeded.PhoneNumberDailyLimit", Refused("LimitExceeded.PhoneNumberDailyLimit", other_may=True)),
+        (
+            "LimitExceeded.PhoneNumberDailyLimit",
+            NotDone("LimitExceeded.PhoneNumberDailyLimit", 60_000, Result.IGNORED),
+        ),
+        ("InternalError.SigVerificationFail", NotDone("InternalError.SigVerificationFail")),
         ("FailedOperation.TemplateIncorrectOrUnapproved",
          Refused("FailedOperation.TemplateIncorrectOrUnapproved", other_may=True)),
         ("FailedOperation.InsufficientBalanceInSmsPackage", NotDone("FailedOperation.InsufficientBalanceInSmsPackage")),

@@ -16,8 +16,8 @@ from app.breaker import Result
 from app.errors import CannotStart
 from app.providers.answer import Done, MaybeDone, NotDone, Refused
 from app.providers.payment import HookForged
-from app.providers.sms import Text
-from app.providers.twilio import SmsStatus, Twilio, status_signature
+from app.providers.sms import SmsStatus, Text
+from app.providers.twilio import Twilio, status_signature
 from tests.providers.standins import loopback
 from tests.providers.standins.bits import flips, header_flips
 from tests.providers.standins.sms_apis import TwilioApi
@@ -146,10 +146,13 @@ READER = adapter_of(API)
 def test_a_status_call_back_is_read_and_a_copy_is_the_same_event() -> None:
     headers, body = API.status_call(STATUS_URL, SID, "delivered")
     status = READER.read_status(headers, body)
-    assert status == SmsStatus(event_id=f"{SID}:delivered", provider_ref=SID, status="delivered", code=None)
+    assert status == SmsStatus(
+        event_id=f"{SID}:delivered", provider_ref=SID, status="delivered", arrived=True, code=None
+    )
     assert READER.read_status(headers, body) == status
     failed = READER.read_status(*API.status_call(STATUS_URL, SID, "undelivered"))
-    assert isinstance(failed, SmsStatus) and failed.code == "30003" and failed.event_id != f"{SID}:delivered"
+    assert isinstance(failed, SmsStatus) and (failed.code, failed.arrived) == ("twilio_30003", False)
+    assert failed.event_id != f"{SID}:delivered"
 
 
 def test_twilios_own_sdk_verifies_what_we_verify() -> None:
