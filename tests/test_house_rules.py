@@ -131,6 +131,23 @@ def test_every_script_begins_as_a_script_and_says_its_contract() -> None:
             assert f"-- {word}" in text, f"{path} does not say {word}"
 
 
+def test_migrations_and_decisions_are_numbered_one_by_one() -> None:
+    """Prevents two that landed with one number: a database with two heads is not migrated at all."""
+    for folder, name in (("migrations/versions", "*.py"), ("docs/adr", "*.md")):
+        numbers = sorted(path.name[:4] for path in (ROOT / folder).glob(name))
+        assert numbers == [f"{n:04d}" for n in range(1, len(numbers) + 1)], folder
+    for path in (ROOT / "migrations" / "versions").glob("*.py"):
+        said = dict(
+            re.findall(
+                r'^(revision|down_revision) = "(\d+)"$', path.read_text(encoding="utf-8"), re.MULTILINE
+            )
+        )
+        before = f"{int(path.name[:4]) - 1:04d}"
+        assert said == {"revision": path.name[:4]} | (
+            {"down_revision": before} if before != "0000" else {}
+        ), path
+
+
 def test_every_setting_says_what_it_is() -> None:
     """Prevents limits without name, unit or default."""
     for name, field in Settings.model_fields.items():
