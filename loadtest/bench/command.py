@@ -26,6 +26,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -46,7 +47,9 @@ from loadtest.bench import (
 )
 from loadtest.bench.door import Sales
 from loadtest.bench.results import Found, Plan
+from loadtest.bench.rounds import Void
 from loadtest.bench.stack import Shopfront, private_folder
+from loadtest.run import CannotStart
 
 SECTIONS = ("door", "peers", "system", "confirm", "growth", "latency", "fronts", "ceilings")
 WIDTH = 190  # columns of a report that is not on a terminal
@@ -111,28 +114,33 @@ def chosen(only: Sequence[str]) -> tuple[list[str], set[str]]:
 async def run(plan: Plan, sections: Sequence[str], subjects: set[str], folder: Path) -> Found:
     """Run the sections one after the other; each takes its own time, all figures are ratios within a section."""
     found = Found()
+
+    async def add(name: str, section: Callable[[], Awaitable[Found]]) -> None:
+        """What cannot be measured at all is a void figure too: the other sections still are."""
+        try:
+            found.add(await section())
+        except (Void, RuntimeError, OSError, TimeoutError, CannotStart) as error:
+            found.unmeasured.append(f"{name}: {type(error).__name__}: {error}")
+
     if {"door", "peers", "latency", "fronts", "ceilings"} & set(sections):
         async with Shopfront(folder / "door") as shop:
             sales = Sales(shop)
             for workers in plan.workers if "door" in sections else ():
                 for server in plan.servers:
-                    found.add(await door.section(shop, sales, plan, server, workers, subjects))
-            of_shop: dict[str, Callable[[], Awaitable[Found]]] = {
-                "peers": lambda: peers.section(shop, sales, plan),
-                "latency": lambda: latency.section(shop, sales, plan),
-                "fronts": lambda: fronts.section(shop, sales, plan),
-                "ceilings": lambda: ceilings.section(shop, sales, plan),
-            }
-            for name, section in of_shop.items():
+                    title = f"{server} × {workers}"
+                    await add(title, partial(door.section, shop, sales, plan, server, workers, subjects))
+            of_shop = {"peers": peers, "latency": latency, "fronts": fronts, "ceilings": ceilings}
+            for name, module in of_shop.items():
                 if name in sections:
-                    found.add(await section())
+                    await add(name, partial(module.section, shop, sales, plan))
     if "growth" in sections:
         async with Shopfront(folder / "growth") as shop:  # an empty Redis: its memory is counted
-            found.add(await growth.section(shop, plan))
+            await add("growth", partial(growth.section, shop, plan))
     if "system" in sections:
-        found.add(await system.section(folder, machine.Pinning.of(1, machine.cores()), plan))
+        pinning = machine.Pinning.of(1, machine.cores())
+        await add("system", partial(system.section, folder, pinning, plan))
     if "confirm" in sections:
-        found.add(await confirm.section(folder, plan))
+        await add("confirm", partial(confirm.section, folder, plan))
     return found
 
 

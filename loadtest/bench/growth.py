@@ -16,7 +16,7 @@ from app.keys import SaleKeys
 from app.scripts import LINE_ADVANCE, LINE_JOIN, SALE_SWITCH, Joined, Waits
 from loadtest.bench.door import JOINS_PER_S_MAX, known, polls_of
 from loadtest.bench.machine import resident_bytes
-from loadtest.bench.requests import SKU, Joins, Repeated, ask_all
+from loadtest.bench.requests import SKU, Joins, Repeated, tickets
 from loadtest.bench.results import Found, Plan, Sheet, at_most, spread
 from loadtest.bench.rounds import Course, Measure, Subject, Void, ratios
 from loadtest.bench.stack import BACKLOG_MAX, Server, Shopfront
@@ -89,11 +89,11 @@ class Line:
         shop = self.shop
         self.joins: Joins = await shop.publish(self.sale, units=10, rate_milli=1)
         await known(front.port, self.sale)
-        await ask_all(front.port, self.joins.take(2))  # what a full bucket may give is given
+        await tickets(front.port, self.joins, 2)  # what a full bucket may give is given
         before = await used_memory(shop)
         self.fill_s = await fill(shop, self.sale, 1_000_000_000 + self.size, self.size)
         self.bytes_each = (await used_memory(shop) - before) / self.size
-        told = await ask_all(front.port, self.joins.take(SAMPLE))
+        told = await tickets(front.port, self.joins, SAMPLE)
         # A real join sees them all: that is the proof that they are there.
         far = [one for one in told if one["state"] != "waiting" or one["ahead"] < self.size - 10]
         if far:

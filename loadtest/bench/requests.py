@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
@@ -13,6 +15,7 @@ from loadtest.generator import closed_loop
 SKU = "PH-128"
 BODY = b'{"sku":"PH-128","units":1}'
 ASK_WITHIN_S = 120.0
+TAKES = 8  # times that joins are asked for again after 503: a busy machine is no reason to give up
 
 
 def request(method: str, path: str, headers: bytes = b"", body: bytes = b"") -> bytes:
@@ -80,3 +83,20 @@ async def ask_all(port: int, requests: list[bytes], connections: int = 64) -> li
     if any(status >= 400 or status == 0 for status in result.statuses):
         raise RuntimeError(f"{dict(result.statuses)}: {bodies[-1][:300] if bodies else b''!r}")
     return [json.loads(body) for body in bodies]
+
+
+async def tickets(port: int, joins: Joins, count: int) -> list[dict[str, Any]]:
+    """So many new tickets, as they are told at the join. RuntimeError: there were not that many in TAKES times."""
+    found: list[dict[str, Any]] = []
+    seen: Counter[int] = Counter()
+    for _ in range(TAKES):
+        result, bodies = await closed_loop(
+            "127.0.0.1", port, iter(joins.take(count - len(found))), connections=min(32, count),
+            seconds=ASK_WITHIN_S, keep_bodies=True,
+        )  # fmt: skip
+        seen += result.statuses
+        found += [one for one in map(json.loads, bodies) if one.get("ticket")]
+        if len(found) >= count:
+            return found
+        await asyncio.sleep(0.5)
+    raise RuntimeError(f"{len(found)} of {count} tickets: {dict(seen)}")
