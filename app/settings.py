@@ -403,7 +403,7 @@ class Settings(BaseSettings):
     )
     alipay_private_key: SecretStr = Field(SecretStr(""), description="the app's RSA2 private key")
     alipay_public_key: str = Field(
-        "", description="Alipay's public key; or set the three certificates instead"
+        "", description="Alipay's public key, while it changes both; or set the three certificates instead"
     )
     alipay_app_cert: str = Field("", description="certificate mode: appCertPublicKey_….crt, PEM")
     alipay_cert: str = Field(
@@ -426,9 +426,13 @@ class Settings(BaseSettings):
         SecretStr(""), description="APIv3 key, 32 characters; opens call-backs"
     )
     wechat_pay_public_key_id: str = Field(
-        "", description="PUB_KEY_ID_…; empty: platform certificates, downloaded and renewed by themselves"
+        "",
+        description="PUB_KEY_ID_…, comma-separated while it changes (the first is asked for, all are believed);"
+        " empty: platform certificates, downloaded and renewed by themselves",
     )
-    wechat_pay_public_key: str = Field("", description="pub_key.pem, belongs to wechat_pay_public_key_id")
+    wechat_pay_public_key: str = Field(
+        "", description="pub_key.pem, belongs to wechat_pay_public_key_id; several one after the other"
+    )
     wechat_pay_url: str = Field("https://api.mch.weixin.qq.com", description="address of WeChat Pay's API")
 
     # SMS: templates are JSON, {"reserved.zh-CN": ["CODE", "name of a value", …]}

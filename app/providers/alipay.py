@@ -139,7 +139,7 @@ class Alipay:
         url: str = API_URL,
         way: str = "page",
     ) -> None:
-        """public_key: Alipay's, or else the three certificates (PEM; alipay_cert may hold the next one too).
+        """public_key: Alipay's, or else the three certificates (PEM). public_key and alipay_cert may hold the next too.
 
         way: what the channel `alipay` means. CannotStart: keys missing or bad.
         """
@@ -149,9 +149,12 @@ class Alipay:
             raise CannotStart("FAIRDROP_ALIPAY_WAY must be one of page, wap, app, qr")
         self._way = way
         self._serials: dict[str, str] = {}
-        self._keys: dict[str, rsa.RSAPublicKey] = {}  # by alipay_cert_sn, "" = the public key
+        self._keys: dict[
+            str, rsa.RSAPublicKey
+        ] = {}  # by alipay_cert_sn, or the public key's place in the setting
         if public_key:
-            self._keys[""] = signing.public_key(public_key, "FAIRDROP_ALIPAY_PUBLIC_KEY")
+            found = signing.public_keys(public_key, "FAIRDROP_ALIPAY_PUBLIC_KEY")
+            self._keys = {str(at): key for at, key in enumerate(found)}
         elif app_cert and alipay_cert and root_cert:
             ours = signing.certificates(app_cert, "FAIRDROP_ALIPAY_APP_CERT")
             self._serials = {
@@ -219,10 +222,11 @@ class Alipay:
             serial = msgspec.json.decode(outer.get("alipay_cert_sn", msgspec.Raw(b'""')), type=str)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return MaybeDone("malformed_answer")
-        key = self._keys.get(serial if "" not in self._keys else "")
-        if key is None:
+        # Only certificates have names; of two public keys Alipay does not say which it used.
+        keys = [self._keys[serial]] if serial in self._keys else [] if self._serials else self._keys.values()
+        if not keys:
             return MaybeDone("answer_certificate_unknown")
-        if not signing.verify(key, bytes(raw), signature):
+        if not any(signing.verify(key, bytes(raw), signature) for key in keys):
             return MaybeDone("answer_signature_wrong")
         return Done(answer) if answer.code == "10000" else _no(answer)
 

@@ -92,10 +92,15 @@ class RefundWanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefundState:
-    """done: the money is on its way back for good. pending: accepted, ask again. absent: never heard of."""
+    """done: the money is on its way back for good. pending: accepted, ask again. absent: never heard of. failed: the
+    supplier had accepted it, and has given it up; the money is still with us.
 
-    state: Literal["done", "pending", "absent"]
+    code: of a failure, or of a pending one that a person must look at in the supplier's console.
+    """
+
+    state: Literal["done", "pending", "absent", "failed"]
     provider_ref: str | None = None
+    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,3 +225,11 @@ class LearnsKeys(Protocol):
 
     async def learn_keys(self) -> Answer[None]:
         """Fetch the supplier's public keys of today."""
+
+
+@runtime_checkable
+class WantsAddress(Protocol):
+    """A supplier that must be told the payer's network address (`payer["client_ip"]`) for some of its channels."""
+
+    @property
+    def address_channels(self) -> Sequence[str]: ...

@@ -12,7 +12,7 @@ from app.errors import CannotStart
 from app.providers.alipay import Alipay
 from app.providers.aliyun_sms import AliyunSms
 from app.providers.guard import Guard, GuardedPayment, GuardedSms, GuardRules
-from app.providers.payment import PaymentProvider
+from app.providers.payment import PaymentProvider, WantsAddress
 from app.providers.routes import Routes
 from app.providers.sandbox_adapter import SandboxPayment, SandboxSms
 from app.providers.sms import SmsProvider
@@ -46,6 +46,11 @@ class Providers:
         """The same, and the first of the route where none is well: the payment waits for it."""
         found = self.payment_for(channel, key)
         return self.routes.order("payment", channel, key)[0] if found is None else found
+
+    def wants_address(self, channel: str) -> bool:
+        """Whether a supplier of this channel must be told the payer's network address."""
+        adapters = (self.payment[name].adapter for name in self.routes.route("payment", channel))
+        return any(isinstance(one, WantsAddress) and channel in one.address_channels for one in adapters)
 
     def guards(self) -> list[Guard]:
         return [

@@ -22,6 +22,7 @@ WINDOW_S = 300  # five minutes, what Stripe and WeChat Pay recommend: clocks dif
 RSA_BITS_MIN = 2048
 FIELDS_MAX = 200  # of a form: a call-back has some thirty
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_BLOCK_END = re.compile(r"(?<=-----)\s*(?=-----BEGIN)")  # between two PEM blocks
 _ARMOUR = re.compile(r"-----(?:BEGIN|END) [A-Z ]+-----")
 
 
@@ -48,6 +49,12 @@ def public_key(text: str, setting: str) -> rsa.RSAPublicKey:
     if not isinstance(key, rsa.RSAPublicKey):
         raise CannotStart(f"{setting} must be an RSA key")
     return key
+
+
+def public_keys(text: str, setting: str) -> list[rsa.RSAPublicKey]:
+    """One RSA public key or several: PEM blocks one after the other, or bare Base64 with commas. Empty: none."""
+    parts = [part.strip() for part in _BLOCK_END.sub(",", text).split(",")]
+    return [public_key(part, setting) for part in parts if part]
 
 
 def certificates(text: str, setting: str) -> list[x509.Certificate]:

@@ -591,7 +591,7 @@ def _refund_state(refund: _Refund) -> Answer[RefundState]:
         case "pending" | "requires_action":
             return Done(RefundState(state="pending", provider_ref=refund.id))
         case "failed" | "canceled":
-            return Refused(f"refund_{refund.status}")
+            return Done(RefundState(state="failed", provider_ref=refund.id, code=f"refund_{refund.status}"))
     return MaybeDone("malformed_answer")
 
 

@@ -13,8 +13,9 @@ docs/merchant/apis/h5-payment/payment-notice.html (call-back).
 | refund_id | `out_refund_no` (≤ 64), unique for the merchant for ever |
 
 - Requests are signed with the merchant's key. Answers and call-backs are signed with a platform certificate, which
-  expires and is replaced, or with the WeChat Pay public key (`PUB_KEY_ID_…`), which does not; `Wechatpay-Serial` names
-  the one. While a merchant moves from one to the other both kinds arrive: whatever is configured is accepted.
+  expires and is replaced, or with the WeChat Pay public key (`PUB_KEY_ID_…`), which does not expire but may be replaced
+  in the console; `Wechatpay-Serial` names the one. While a merchant moves from one to the other both kinds arrive:
+  whatever is configured is accepted, and of public keys several may be.
 - Certificates are downloaded, authenticated by the APIv3 key, when a serial is unknown and twice a day, at most once in
   `LEARN_EVERY_S`. A call-back under an unknown serial is refused and comes again in 15 s; see `LearnsKeys`.
 - Amounts are integer fen of CNY; other currencies are refused.
@@ -155,8 +156,8 @@ class _Nothing(msgspec.Struct):
 class Keys:
     """WeChat Pay's public keys by `Wechatpay-Serial`: the configured one, and the certificates downloaded so far."""
 
-    def __init__(self, public_key_id: str, public_key: rsa.RSAPublicKey | None) -> None:
-        self._fixed = {public_key_id: public_key} if public_key is not None else {}
+    def __init__(self, fixed: Mapping[str, rsa.RSAPublicKey]) -> None:
+        self._fixed = dict(fixed)
         self._learned: dict[str, x509.Certificate] = {}
         self.tried_at = -REFRESH_S  # by time.monotonic
         self.learned_at = -REFRESH_S
@@ -203,6 +204,7 @@ class WechatPay:
 
     name = "wechat-pay"
     channels = ("wechat-pay", "wechat-native", "wechat-jsapi", "wechat-h5")
+    address_channels = ("wechat-h5",)
 
     def __init__(
         self,
@@ -218,18 +220,22 @@ class WechatPay:
         connections_max: int,
         url: str = API_URL,
     ) -> None:
-        """serial, private_key: of the merchant's API certificate. apiv3_key: 32 characters. CannotStart: a bad one."""
+        """serial, private_key: of the merchant's API certificate. apiv3_key: 32 characters. CannotStart: a bad one.
+
+        public_key_id, public_key: one of each, or several while they change: the first is asked for, all are believed.
+        """
         if len(apiv3_key.encode()) != 32:
             raise CannotStart("FAIRDROP_WECHAT_PAY_APIV3_KEY must have 32 characters")
-        if bool(public_key) != bool(public_key_id):
+        ids = [part.strip() for part in public_key_id.split(",") if part.strip()]
+        fixed = signing.public_keys(public_key, "FAIRDROP_WECHAT_PAY_PUBLIC_KEY")
+        if len(ids) != len(fixed):
             raise CannotStart(
-                "FAIRDROP_WECHAT_PAY_PUBLIC_KEY and …_PUBLIC_KEY_ID belong together: set both or none"
+                "FAIRDROP_WECHAT_PAY_PUBLIC_KEY and …_PUBLIC_KEY_ID belong together: set as many of both, or none"
             )
         self._mchid, self._appid, self._serial = mchid, appid, serial
         self._key = signing.private_key(private_key, "FAIRDROP_WECHAT_PAY_PRIVATE_KEY")
         self._aead = AESGCM(apiv3_key.encode())
-        fixed = signing.public_key(public_key, "FAIRDROP_WECHAT_PAY_PUBLIC_KEY") if public_key else None
-        self.keys = Keys(public_key_id, fixed)
+        self.keys = Keys(dict(zip(ids, fixed, strict=True)))
         self._client = wire.client(url, deadline_s=deadline_s, connections_max=connections_max)
         self._origin = urlsplit(url)
 
@@ -642,8 +648,14 @@ def _refund_state(answer: Answer[_Refund]) -> Answer[RefundState]:
             return Done(RefundState(state="done", provider_ref=answer.value.refund_id))
         case "PROCESSING":
             return Done(RefundState(state="pending", provider_ref=answer.value.refund_id))
-        case "CLOSED" | "ABNORMAL":  # the buyer's card is gone: the merchant decides in the console
-            return Refused(f"refund_{answer.value.status.lower()}")
+        case "ABNORMAL":  # the buyer's card is gone: the merchant decides in the console, then it goes on
+            return Done(
+                RefundState(state="pending", provider_ref=answer.value.refund_id, code="refund_abnormal")
+            )
+        case "CLOSED":
+            return Done(
+                RefundState(state="failed", provider_ref=answer.value.refund_id, code="refund_closed")
+            )
     return MaybeDone("malformed_answer")
 
 

@@ -7,10 +7,11 @@ from typing import Any, assert_never
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.alarm import alert
+from app.breaker import Result
 from app.ledger import payments
 from app.providers.answer import Done, MaybeDone, NotDone, Refused
 from app.providers.guard import GuardedPayment
-from app.providers.payment import RefundWanted
+from app.providers.payment import RefundState, RefundWanted
 from app.purchase.leased import backoff_s, held
 
 Row = dict[str, Any]
@@ -21,7 +22,7 @@ async def send_refund(engine: AsyncEngine, provider: GuardedPayment, row: Row) -
     if row["state"] in ("sent", "unknown"):
         looked = await provider.refund_query(row["id"], row["capture_ref"])
         if isinstance(looked, Done) and looked.value.state != "absent":
-            await _refund_stands(engine, row, looked.value.state, looked.value.provider_ref)
+            await _stands(engine, row, looked.value)
             return
         if not isinstance(looked, Done):
             async with engine.begin() as conn:
@@ -41,7 +42,7 @@ async def send_refund(engine: AsyncEngine, provider: GuardedPayment, row: Row) -
     )
     match answer:
         case Done(state):
-            await _refund_stands(engine, row, state.state, state.provider_ref)
+            await _stands(engine, row, state)
         case NotDone():
             async with engine.begin() as conn:
                 wait_s = backoff_s(row["tries"], answer.retry_in_ms)
@@ -49,24 +50,47 @@ async def send_refund(engine: AsyncEngine, provider: GuardedPayment, row: Row) -
         case MaybeDone():
             async with engine.begin() as conn:
                 await payments.refund_wait(conn, held(row), "unknown", backoff_s(row["tries"]))
-        case Refused():
+        case Refused() if answer.counts is Result.FAILURE:
+            # Not this refund is refused, but all of our calls: a key is wrong. It waits until that is set right.
             async with engine.begin() as conn:
-                failed = await payments.refund_failed(conn, row)
-            if failed:
-                alert(
-                    "refund_refused",
-                    "a supplier refuses a refund for good; the money is still with us",
-                    refund=row["id"],
-                    order_no=row["order_no"],
-                    code=answer.code,
-                )
+                await payments.refund_wait(conn, held(row), row["state"], backoff_s(row["tries"]))
+        case Refused():
+            await _give_up(engine, row, answer.code)
         case _:
             assert_never(answer)
 
 
-async def _refund_stands(engine: AsyncEngine, row: Row, state: str, provider_ref: str | None) -> None:
+async def _stands(engine: AsyncEngine, row: Row, found: RefundState) -> None:
+    match found.state:
+        case "done":
+            async with engine.begin() as conn:
+                await payments.refund_done(conn, row["id"], found.provider_ref)
+        case "failed":
+            await _give_up(engine, row, found.code or "refund_failed")
+        case "pending" | "absent":
+            async with engine.begin() as conn:
+                await payments.refund_wait(conn, held(row), "sent", backoff_s(row["tries"]))
+            # Asked again and again; a person is called at the first look and ever more rarely.
+            if found.code is not None and row["tries"] & (row["tries"] - 1) == 0:
+                alert(
+                    "refund_stuck",
+                    "a refund waits for a decision in the supplier's console",
+                    refund=row["id"],
+                    order_no=row["order_no"],
+                    code=found.code,
+                )
+        case _:
+            assert_never(found.state)
+
+
+async def _give_up(engine: AsyncEngine, row: Row, code: str) -> None:
     async with engine.begin() as conn:
-        if state == "done":
-            await payments.refund_done(conn, row["id"], provider_ref)
-        else:
-            await payments.refund_wait(conn, held(row), "sent", backoff_s(row["tries"]))
+        failed = await payments.refund_failed(conn, row)
+    if failed:
+        alert(
+            "refund_refused",
+            "a supplier refuses a refund for good; the money is still with us",
+            refund=row["id"],
+            order_no=row["order_no"],
+            code=code,
+        )

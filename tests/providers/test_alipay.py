@@ -315,6 +315,22 @@ async def test_in_certificate_mode_serial_numbers_go_along_and_the_next_certific
     await adapter.aclose()
 
 
+async def test_while_alipays_public_key_changes_both_are_believed(api: AlipayGateway, alipay: Alipay) -> None:
+    next_key = loopback.public_pem(loopback.rsa_key("alipay's next key"))
+    today = loopback.public_pem(api.key)
+    link = value_of(await alipay.create(wanted(channel="alipay-wap")))
+    note = api.signed(api.note(api.pay(api.open_link(link.url))))
+    for both in (today + next_key, f"{loopback.bare(next_key)},{loopback.bare(today)}"):
+        adapter = adapter_of(api, public_key=both)
+        assert value_of(await adapter.query(ref())).state == "paid"
+        assert isinstance(adapter.read_hook(*note, datetime.now(UTC)), HookPaid)
+        await adapter.aclose()
+    stranger = adapter_of(api, public_key=next_key)
+    assert await stranger.query(ref()) == MaybeDone("answer_signature_wrong")
+    assert stranger.read_hook(*note, datetime.now(UTC)) == HookForged("signature_wrong")
+    await stranger.aclose()
+
+
 def test_a_certificates_name_is_the_md5_of_issuer_and_serial() -> None:
     made = certificate_of("Ant Root", loopback.rsa_key("root"), 4444, hashes.SHA256())
     issuer = "CN=Ant Root,OU=Certification Authority,O=Ant Financial,C=CN"

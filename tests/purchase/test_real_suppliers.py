@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from app.ledger import orders, payments
-from app.purchase import hook, pay
+from app.purchase import hook, leased, pay, refund
 from tests.providers.server import Shop, until
 from tests.providers.standins import loopback
 from tests.providers.standins.alipay_gateway import AlipayGateway
@@ -178,3 +178,39 @@ async def test_an_unpaid_order_is_not_given_away_while_its_link_can_still_be_pai
         assert cleared == "clear"
         with pytest.raises(AssertionError):
             case.pay(f"{number}-1", link)
+
+
+@pytest.mark.parametrize("becomes", ["CLOSED", "ABNORMAL"])
+async def test_a_refund_that_the_supplier_gives_up_later_calls_a_person_and_is_not_asked_about_for_ever(
+    redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    monkeypatch.setattr(leased, "RETRY_FIRST_S", 0.05)
+    called: list[str] = []
+    monkeypatch.setattr(refund, "alert", lambda kind, _text, **_facts: called.append(kind))
+    with wechat() as case:
+        nobody = cast(Shop, SimpleNamespace(url="http://127.0.0.1:1"))
+        values = {"payment_provider": case.name, "provider_deadline_s": 3.0, **case.settings}
+        async with money(nobody, redis_url, database_url, **values) as till:
+            await till.publish(pay_within_s=600)
+            number = await begun(case, till)
+            case.api.refund_status = "PROCESSING"
+            async with till.loops():
+                link = await till.link_of(number)
+                headers, body = await asyncio.to_thread(case.pay, f"{number}-1", link)
+                await hook.take_hook(till.engine, till.providers, case.name, headers, body)
+                async with till.engine.begin() as conn:
+                    await payments.ask_refund(conn, number, None, False, "damaged")
+                await until(lambda: case.api.refunds)
+                assert await till.state(number) == "refunding" and not called
+                for one in case.api.refunds.values():
+                    one["status"] = becomes
+                await until(lambda: called)
+                if becomes == "CLOSED":
+                    await till.becomes(number, "paid")  # as before: an operator may try again
+                    assert called == ["refund_refused"]
+                    assert await till.one("SELECT state FROM refund") == "failed"
+                else:
+                    for one in case.api.refunds.values():
+                        one["status"] = "SUCCESS"  # somebody has dealt with it in the console
+                    await till.becomes(number, "refunded")
+                    assert set(called) == {"refund_stuck"}
