@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from app import problems
 from app.challenge import Challenges
 from app.door import pages, passes, probes, sales, tickets
+from app.door.address import networks
 from app.door.counts import Counts
 from app.door.hot import HotRoutes
 from app.errors import CannotStart
@@ -44,6 +45,7 @@ def create_app(settings: Settings) -> HotRoutes:
         raise CannotStart("FAIRDROP_PII_KEYS is missing: contacts could not be sealed")
     if not settings.redis_url:
         raise CannotStart("FAIRDROP_REDIS_URL is missing")
+    networks(settings.trusted_proxies)
     identity = Identity(settings, ring)
     challenges = Challenges(settings, ring)
     link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-front")

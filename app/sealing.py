@@ -65,6 +65,11 @@ def contact_aad(sale: str, buyer_id: bytes | str) -> bytes:
     return sale.encode() + b"\0" + (buyer_id if isinstance(buyer_id, bytes) else buyer_id.encode())
 
 
+def address_aad(sale: str, buyer_id: bytes | str) -> bytes:
+    """What a payer's network address is bound to."""
+    return b"address\0" + contact_aad(sale, buyer_id)
+
+
 def webhook_aad(endpoint_id: str) -> bytes:
     """What an endpoint's sealed secret is bound to."""
     return f"webhook\0{endpoint_id}".encode()

@@ -391,6 +391,7 @@ class Worker:
             channel=ask.channel,
             return_url=ask.return_url,
             payer=ask.payer,
+            address=ask.address,
             providers=self.providers,
         )
 

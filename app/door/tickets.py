@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from app.door.address import address_of, networks
 from app.door.respond import door_of, headers_of, respond
 from app.door.shapes import NothingToWaitFor, PayIn, TicketOut
 from app.identity import Caller, missing
@@ -18,6 +20,7 @@ from app.purchase.accept import Answer, Door, JoinIn, settled
 from app.purchase.track import Seen, Streams, Told, Watch, stale
 from app.sale.snapshot import ItemView, SaleView
 from app.scripts import AlreadyAsked, Asked, Gone, Left, Not, NotWaiting, Old
+from app.sealing import SealingKey, address_aad, seal
 from app.tokens import Ticket
 
 router = APIRouter(route_class=JsonRoute, tags=["tickets"])
@@ -196,7 +199,7 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
         return respond(request, Answer(202, _HEADERS, told.body))
     asked = await door.scripts.ask_put(
         sale=view.id, epoch=view.epoch, sku=item.sku, seq=mine.seq, buyer_id=caller.buyer_id, kind="pay",
-        arg=_arg(wish), channel=wish.channel, repeat_ms=ASK_REPEAT_MS,
+        arg=_arg(wish, _sealed_address(request, view, caller)), channel=wish.channel, repeat_ms=ASK_REPEAT_MS,
     )  # fmt: skip
     match asked:
         case Old() | Gone():
@@ -212,14 +215,26 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
     return respond(request, Answer(202, _HEADERS, told.body))
 
 
-def _arg(wish: PayIn) -> str:
-    """What the worker gets: base64url of {channel, return_url, payer}."""
+def _arg(wish: PayIn, address: str | None) -> str:
+    """What the worker gets: base64url of {channel, return_url, payer, address}."""
     told = {
         "channel": wish.channel,
         "return_url": wish.return_url,
         "payer": wish.payer.model_dump() if wish.payer is not None else None,
+        "address": address,
     }
     return base64.urlsafe_b64encode(msgspec.json.encode(told)).decode().rstrip("=")
+
+
+def _sealed_address(request: Request, view: SaleView, caller: Caller) -> str | None:
+    """Where the buyer pays from, for the suppliers that must be told (WeChat Pay's H5); base64 of the sealed text."""
+    peer = request.client.host if request.client is not None else None
+    trusted = networks(door_of(request).settings.trusted_proxies)
+    found = address_of(peer, request.headers.getlist("x-forwarded-for"), trusted)
+    if found is None:
+        return None
+    seal_keys: Sequence[SealingKey] = request.app.state.seal_keys
+    return base64.b64encode(seal(seal_keys, found.encode(), address_aad(view.id, caller.buyer_id))).decode()
 
 
 def _over(expires_at: str | None, door: Door) -> bool:

@@ -55,7 +55,7 @@ _LEASE = (
     " SELECT leased.id, leased.order_no, leased.attempt_no, leased.provider, leased.channel, leased.state, leased.kind,"
     " leased.return_url, leased.payer, leased.provider_ref, leased.amount_minor, leased.currency, leased.created_at,"
     " leased.expires_at, leased.tries, leased.generation, leased.was_sent_at, leased.code, now() AS now,"
-    " o.state AS order_state, o.leaving, o.sale, o.pay_by, i.title,"
+    " o.state AS order_state, o.leaving, o.sale, o.buyer_id, o.pay_by, i.title,"
     " coalesce(o.pay_by, now() + make_interval(secs => o.pay_within_s)) AS link_until"
     " FROM leased JOIN purchase_order o ON o.order_no = leased.order_no"
     " JOIN item i ON i.sale = o.sale AND i.sku = o.sku"
@@ -65,6 +65,8 @@ _TO_START = _LEASE.format(
     which="state IN ('wanted', 'created', 'unknown') AND provider = :provider AND next_at <= now()"
 )
 _TO_POLL = _LEASE.format(which="state = 'sent' AND provider = :provider AND next_at <= now()")
+# Where the buyer pays from is kept, sealed, for as long as a supplier may have to be told.
+_FORGET = "payer = payer - 'address'"
 _ONE = _LEASE.format(which="id = :id AND state IN ('wanted', 'created', 'sent', 'unknown')")
 
 
@@ -255,7 +257,7 @@ async def end_unsent(conn: AsyncConnection, attempt_id: str, code: str) -> bool:
     found = await conn.execute(
         text(
             "UPDATE payment_attempt SET state = 'failed', code = :code, ended_at = now(), leased_until = NULL,"
-            f" generation = generation + 1 WHERE id = :id AND state = 'created' AND {_UNSENT}"
+            f" {_FORGET}, generation = generation + 1 WHERE id = :id AND state = 'created' AND {_UNSENT}"
         ),
         {"id": attempt_id, "code": code},
     )
@@ -303,7 +305,7 @@ async def store_link(
     return await _change(
         conn,
         "state = 'sent', kind = :kind, url = :url, params = CAST(:params AS jsonb), provider_ref = :provider_ref,"
-        " expires_at = :expires_at, code = NULL, tries = 0, leased_until = NULL,"
+        f" {_FORGET}, expires_at = :expires_at, code = NULL, tries = 0, leased_until = NULL,"
         " next_at = now() + make_interval(secs => :look_in_s)",
         held,
         kind=kind,
@@ -344,7 +346,7 @@ async def end(conn: AsyncConnection, held: tuple[str, int], state: str, code: st
     """The attempt has ended (closed, failed, succeeded). False: the lease is no longer ours."""
     return await _change(
         conn,
-        "state = :state, code = :code, ended_at = now(), leased_until = NULL",
+        f"state = :state, code = :code, ended_at = now(), leased_until = NULL, {_FORGET}",
         held,
         state=state,
         code=code,
@@ -356,7 +358,7 @@ async def end_by_hook(conn: AsyncConnection, attempt_id: str, state: str, code: 
     found = await conn.execute(
         text(
             "UPDATE payment_attempt SET state = :state, code = :code, ended_at = now(), leased_until = NULL,"
-            " generation = generation + 1 WHERE id = :id AND state IN ('created', 'sent', 'unknown')"
+            f" {_FORGET}, generation = generation + 1 WHERE id = :id AND state IN ('created', 'sent', 'unknown')"
         ),
         {"id": attempt_id, "state": state, "code": code},
     )
@@ -368,6 +370,7 @@ async def succeed(conn: AsyncConnection, attempt_id: str) -> bool:
     found = await conn.execute(
         text(
             "UPDATE payment_attempt AS a SET state = 'succeeded', code = NULL, ended_at = now(), leased_until = NULL,"
+            f" {_FORGET},"
             " generation = generation + 1 WHERE id = :id AND state <> 'succeeded' AND NOT EXISTS (SELECT FROM"
             " payment_attempt AS other WHERE other.order_no = a.order_no AND other.id <> a.id"
             " AND other.state IN ('created', 'sent', 'unknown', 'succeeded'))"
@@ -498,9 +501,9 @@ texted AS (INSERT INTO sms (id, order_no, sale, template, state, expires_at)
 marked AS (INSERT INTO outbox (kind, sale, epoch, order_no, payload)
   SELECT 'mark', sale, epoch, order_no, jsonb_build_object('sku', sku, 'seq', seq) FROM paid),
 succeeded AS (UPDATE payment_attempt AS a SET state = 'succeeded', code = NULL, ended_at = now(), leased_until = NULL,
-  generation = generation + 1 FROM paid WHERE a.id = $5 AND a.state <> 'succeeded' AND NOT EXISTS (SELECT FROM
-  payment_attempt AS other WHERE other.order_no = $6 AND other.id <> $5
-  AND other.state IN ('created', 'sent', 'unknown', 'succeeded'))),
+  payer = payer - 'address', generation = generation + 1 FROM paid
+  WHERE a.id = $5 AND a.state <> 'succeeded' AND NOT EXISTS (SELECT FROM payment_attempt AS other
+  WHERE other.order_no = $6 AND other.id <> $5 AND other.state IN ('created', 'sent', 'unknown', 'succeeded'))),
 others AS (UPDATE payment_attempt AS a SET next_at = now() FROM paid WHERE a.order_no = $6 AND a.id <> $5
   AND a.state IN ('wanted', 'created', 'sent', 'unknown'))
 SELECT CASE WHEN EXISTS (SELECT FROM heard) THEN 'duplicate' WHEN EXISTS (SELECT FROM paid) THEN 'paid' END

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -37,6 +38,7 @@ from app.purchase.evidence import SETTLED, Evidence, take_evidence, weigh_late
 from app.purchase.leased import LOOK_EVERY_S, backoff_s, held, work_off
 from app.purchase.refund import send_refund
 from app.scripts import Scripts
+from app.sealing import CannotOpen, SealingKey, address_aad, sealing_keys, unseal
 from app.settings import Settings
 
 Row = dict[str, Any]
@@ -47,6 +49,7 @@ POLL_FIRST_S = 15.0  # call-backs come within a second; a query is for those tha
 POLL_MAX_S = 60.0
 EXPIRY_GRACE_S = 1.0  # after a link's end before it is closed: clocks differ
 LATE_EVERY_S = 0.2
+ADDRESS_MAX = 128  # characters: a sealed IPv6 address in base64 has 96
 CALLS_MAX = 8  # in one turn of an attempt; a supplier that keeps saying something else is asked again later
 
 Cleared = Literal["clear", "paid", "unknown"]
@@ -63,6 +66,7 @@ class Till:
     providers: Providers
     lease_s: float
     office_url: str = ""
+    seal_keys: Sequence[SealingKey] = ()  # open payers' addresses
 
     def notify_for(self, provider: str) -> str | None:
         """Where the supplier calls back. None: nowhere is set, so what became of a link is found out by query."""
@@ -86,7 +90,8 @@ async def run(
 
     Each supplier has loops and places of its own: one that hangs holds up nobody else's buyers.
     """
-    till = Till(engine, providers, settings.lease_s, settings.office_url)
+    seal_keys = sealing_keys(settings.pii_keys.get_secret_value())
+    till = Till(engine, providers, settings.lease_s, settings.office_url, seal_keys)
     works = (
         _Work("starts", payments.lease_starts, step, 1),
         _Work("polls", payments.lease_polls, step, 4),
@@ -223,9 +228,23 @@ def _wanted(till: Till, provider: GuardedPayment, row: Row) -> LinkWanted:
         channel=row["channel"],
         expires_at=row["link_until"],
         return_url=row["return_url"],
-        payer=row["payer"],
+        payer=_payer(till, row),
         notify_url=till.notify_for(provider.name),
     )
+
+
+def _payer(till: Till, row: Row) -> Mapping[str, Any] | None:
+    """Who pays, with their network address opened for this one call."""
+    payer: dict[str, Any] | None = row["payer"]
+    if payer is None or "address" not in payer:
+        return payer
+    told = {name: value for name, value in payer.items() if name != "address"}
+    try:
+        sealed = b64decode(payer["address"], validate=True)
+        told["client_ip"] = unseal(till.seal_keys, sealed, address_aad(row["sale"], row["buyer_id"])).decode()
+    except (CannotOpen, ValueError) as error:
+        log.error("address_cannot_be_opened", attempt=row["id"], error=type(error).__name__)
+    return told
 
 
 def _ref(row: Row) -> AttemptRef:
@@ -360,14 +379,18 @@ async def start_attempt(
     return_url: str | None,
     payer: Mapping[str, Any] | None,
     providers: Providers,
+    address: str | None = None,
 ) -> bool:
     """The buyer gets a link, or a new one for one that has ended or goes elsewhere. False: nothing to do, or too late.
 
-    In the caller's transaction; the caller has checked that the order is reserved, and locked it or not.
+    In the caller's transaction; the caller has checked that the order is reserved, and locked it or not. address: the
+    buyer's, sealed, in base64; kept with the attempt until it has its link, if a supplier of the channel wants it.
     """
     order = await orders.lock(conn, order_no)
     if order is None or order["state"] != "reserved" or order["leaving"]:
         return False
+    if address is not None and len(address) <= ADDRESS_MAX and providers.wants_address(channel):
+        payer = {**(payer or {}), "address": address}
     now = await payments.clock(conn)
     if order["pay_by"] is not None and order["pay_by"] - now < timedelta(seconds=LINK_LIFE_MIN_S):
         return False

@@ -71,6 +71,7 @@ class PayAsk(msgspec.Struct, frozen=True):
     channel: str
     return_url: str | None = None
     payer: dict[str, Any] | None = None
+    address: str | None = None  # the buyer's network address, sealed, in base64
 
 
 def parse_ask(sale: str, entry: tuple[bytes, Sequence[bytes]]) -> Ask | None:
@@ -88,7 +89,7 @@ def parse_ask(sale: str, entry: tuple[bytes, Sequence[bytes]]) -> Ask | None:
 
 
 def parse_pay(arg: str) -> PayAsk | None:
-    """base64url JSON {channel, return_url, payer}; None: the front door wrote something else."""
+    """base64url JSON {channel, return_url, payer, address}; None: the front door wrote something else."""
     try:
         return msgspec.json.decode(urlsafe_b64decode(arg + "=" * (-len(arg) % 4)), type=PayAsk)
     except (ValueError, msgspec.DecodeError):

@@ -15,7 +15,8 @@ import pytest
 from app.draw import rank_of, round_keys
 from app.keys import SaleKeys
 from app.scripts import Fenced, Rebuilt
-from tests.front.conftest import Front, Open, Shop, until
+from app.sealing import CannotOpen, address_aad, sealing_keys, unseal
+from tests.front.conftest import PII_KEY, Front, Open, Shop, until
 from tests.front.wire import crowd, get_bytes, join_bytes
 
 Seen = Callable[..., Awaitable[Any]]
@@ -234,9 +235,17 @@ async def test_asking_for_a_payment(front: Front, shop: Shop, seen: Seen) -> Non
     asks = await shop.asks("x")
     assert len(asks) == 1
     arg = asks[0].split(b"|")[5].decode()
-    assert msgspec.json.decode(base64.urlsafe_b64decode(arg + "=" * (-len(arg) % 4))) == {
+    told = msgspec.json.decode(base64.urlsafe_b64decode(arg + "=" * (-len(arg) % 4)))
+    sealed = base64.b64decode(told.pop("address"), validate=True)
+    assert told == {
         "channel": "sandbox", "return_url": "https://shop.example/done/1?x=2", "payer": {"openid": "o1"}
     }  # fmt: skip
+    # Where the buyer pays from, for suppliers that must be told: sealed for this sale and buyer, and short.
+    seal_keys = sealing_keys(PII_KEY)
+    assert unseal(seal_keys, sealed, address_aad("x", b"ann")) == b"127.0.0.1"
+    with pytest.raises(CannotOpen):
+        unseal(seal_keys, sealed, address_aad("x", b"bob"))
+    assert b"127.0.0.1" not in asks[0] and len(arg) < 512
     await shop.mark(
         "x",
         1,
