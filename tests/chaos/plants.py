@@ -77,7 +77,7 @@ def ack_before_commit() -> None:
     real = Confirmer._write
 
     async def hasty(self: Confirmer, sale: str, claims: Sequence[Claim], *args: Any, **kwargs: Any) -> Any:
-        await self._acknowledge(sale, [claim.entry_id for claim in claims], [])
+        await self._acknowledge(sale, [claim.entry_id for claim in claims])
         return await real(self, sale, claims, *args, **kwargs)
 
     Confirmer._write = hasty  # type: ignore[method-assign]
@@ -217,7 +217,12 @@ def violation_is_poison() -> None:
 
 def stale_status() -> None:
     """Whoever comes last has the last word about a ticket."""
-    lua(["claims_mark"], ("if byte == 'c' and not told[at] then", "if byte ~= 'w' then"))
+    lua(
+        ["claims_mark"],
+        ("local claimed = string.byte(bytes, k) == 99", "local claimed = string.byte(bytes, k) ~= 119"),
+        ("if claimed and not told[i] then", "if claimed then"),
+        ("string.gsub(bytes, 'c', 'r')", "string.gsub(bytes, '[^w]', 'r')"),
+    )
 
 
 def missing_stock_is_zero() -> None:

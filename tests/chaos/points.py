@@ -40,7 +40,7 @@ POINTS: dict[str, Point] = {
     "confirm.after_read": Point(confirm.Confirmer, "confirm", "before", "worker", "worker after read"),
     "confirm.in_transaction": Point(confirming, "reserve", "after", "worker", "inside the transaction"),
     "confirm.after_commit": Point(confirm.Confirmer, "_write", "after", "worker", "after COMMIT, before status"),
-    "confirm.before_ack": Point(confirm.Confirmer, "_acknowledge", "before", "worker", "before XACK"),
+    "confirm.after_mark": Point(Scripts, "claims_mark", "after", "worker", "told and XACKed, before the worker knows"),
     "confirm.bury": Point(confirming, "bury", "after", "worker", "poison entry"),
     "expire.cleared": Point(pay, "clear_attempts", "after", "worker", "paid against expired"),
     "expire.before_row": Point(orders, "expire", "before", "worker", "expirer before the row"),
