@@ -7,9 +7,13 @@ as hex (how Postgres shows bytes) and as Base64 (how JSON carries them).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
+import subprocess
+import sys
 from base64 import b64encode
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +146,21 @@ async def test_a_phone_number_goes_through_a_purchase_and_is_nowhere_to_be_read(
     found = await town.operator.get(f"/v1/admin/sales/{sale}/orders", phone=phone)
     assert [one["order_no"] for one in found["data"]] == [order["order_no"]]
     await nowhere_kept()  # the contact is in Postgres
+    limits = [name for name in looked_at if name.startswith("redis:{sms:")]
+    assert limits  # texts to the number are counted
 
-    await lin.pays()
-    await lin.is_told("paid")
+    # No channel takes the next text: it is on the ticket, in Postgres and in Redis, without the number.
+    async with httpx.AsyncClient(timeout=15, trust_env=False) as anyone:
+        control = f"{town.urls.sandbox}/control"
+        assert (await anyone.post(control, json={"sms": {"refuse_rate": 1}})).status_code == 200
+        try:
+            await lin.pays()
+            await lin.is_told("paid")
+            said = await until(lin.looks, lambda ticket: bool(ticket["message"]), within_s=40.0)
+        finally:
+            assert (await anyone.post(control, json={"sms": {"refuse_rate": 0}})).status_code == 200
+    assert order["order_no"] in said["message"]
+    await nowhere_kept()
 
     # What is shown: refusals of what holds the number, metrics, the feed, the order.
     shown: dict[str, list[bytes]] = {}
@@ -167,6 +183,25 @@ async def test_a_phone_number_goes_through_a_purchase_and_is_nowhere_to_be_read(
             ("metrics of worker", f"{town.urls.worker}/metrics"),
         ):
             shown[name] = [(await anyone.get(url, headers=stranger)).content]
+        for name in (
+            "twilio",
+            "sandbox-sms",
+            "sandbox",
+        ):  # a report, or a payer's address, that nobody vouches for
+            body = f"MessageSid=SM1&MessageStatus=delivered&To=%2B{phone[1:]}&client_ip={phone}"
+            answer = await anyone.post(f"{town.urls.office}/v1/hooks/{name}", content=body.encode())
+            assert answer.status_code in (401, 404), answer.text
+            shown[f"hook {name}"] = [answer.content]
+    day = datetime.now(UTC).date().isoformat()
+    for words in (
+        ("sms", "preview", "--sale", sale, "--json", "--data-dir", str(data_dir)),
+        ("reconcile-bill", day, "--json", "--data-dir", str(data_dir)),
+    ):
+        ran = await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-m", "app.cli", *words], capture_output=True, timeout=60
+        )
+        assert ran.returncode == 0, ran.stderr
+        shown[words[0]] = [ran.stdout, ran.stderr]
     office = town.operator.http
     for path in (
         f"/v1/admin/sales/{sale}/orders?phone={phone[1:]}",
