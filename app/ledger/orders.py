@@ -27,7 +27,7 @@ _SPREADS = (
     (bytes.fromhex("000ffc00000ffc00"), 6),
     (bytes.fromhex("03e003e003e003e0"), 3),
 )
-SMS_TTL_S = 900  # as settings.sms_ttl_s: an SMS that is later than this helps nobody
+SMS_TTL_S = 86_400  # at most; tell drops it after settings.sms_ttl_s, which it alone knows
 
 COLUMNS = (
     "order_no, sale, sku, buyer_id, epoch, seq, units, amount_minor, currency, state, version, reason, leaving,"

@@ -25,18 +25,19 @@ _FACTS = (
 _OF = "JOIN item i ON i.sale = o.sale AND i.sku = o.sku JOIN sale s ON s.id = o.sale"
 
 
-async def lease_due(conn: AsyncConnection, limit: int, lease_s: float) -> list[Row]:
-    """Take due texts, with what they tell of. They are `sending` from now on, before anything is sent."""
+async def lease_due(conn: AsyncConnection, limit: int, lease_s: float, ttl_s: float) -> list[Row]:
+    """Take due texts younger than `ttl_s`, with what they tell of. They are `sending` before anything is sent."""
     found = await conn.execute(
         text(
             "WITH picked AS (SELECT id FROM sms WHERE state = 'due' AND next_at <= now() AND expires_at > now()"
+            " AND created_at > now() - make_interval(secs => :ttl)"
             " ORDER BY next_at LIMIT :limit FOR UPDATE SKIP LOCKED),"
             " leased AS (UPDATE sms AS s SET state = 'sending', leased_until = now() + make_interval(secs => :lease_s),"
             " generation = s.generation + 1, tries = s.tries + 1 FROM picked WHERE s.id = picked.id RETURNING s.*)"
             " SELECT leased.id, leased.order_no, leased.sale, leased.template, leased.tries, leased.generation,"
             f" leased.counted, {_FACTS} FROM leased JOIN purchase_order o ON o.order_no = leased.order_no {_OF}"
         ),
-        {"limit": limit, "lease_s": float(lease_s)},
+        {"limit": limit, "lease_s": float(lease_s), "ttl": float(ttl_s)},
     )
     return [dict(row) for row in found.mappings()]
 
@@ -84,13 +85,14 @@ async def end(
     return bool(found.rowcount)
 
 
-async def sweep(conn: AsyncConnection) -> tuple[int, int]:
+async def sweep(conn: AsyncConnection, ttl_s: float) -> tuple[int, int]:
     """(dropped, unknown): texts that would come too late, and those whose worker vanished while sending."""
     dropped = await conn.execute(
         text(
             "UPDATE sms SET state = 'dropped', code = coalesce(code, 'too_late')"
-            " WHERE state = 'due' AND expires_at <= now()"
-        )
+            " WHERE state = 'due' AND least(expires_at, created_at + make_interval(secs => :ttl)) <= now()"
+        ),
+        {"ttl": float(ttl_s)},
     )
     unknown = await conn.execute(
         text(

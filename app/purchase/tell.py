@@ -133,7 +133,7 @@ async def run(
 
     async def lease(count: int) -> list[Row]:
         async with alone(engine) as conn:
-            return await sms.lease_due(conn, count, settings.lease_s)
+            return await sms.lease_due(conn, count, settings.lease_s, settings.sms_ttl_s)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(
@@ -145,7 +145,7 @@ async def run(
                 stopping,
             )
         )
-        group.create_task(_every(SWEEP_EVERY_S, lambda: _sweep(engine), stopping))
+        group.create_task(_every(SWEEP_EVERY_S, lambda: _sweep(engine, settings.sms_ttl_s), stopping))
         group.create_task(_every(SHOW_EVERY_S, lambda: show(teller), stopping))
 
 
@@ -165,9 +165,9 @@ async def _every(every_s: float, turn: Callable[[], Awaitable[object]], stopping
             continue
 
 
-async def _sweep(engine: AsyncEngine) -> None:
+async def _sweep(engine: AsyncEngine, ttl_s: float) -> None:
     async with alone(engine) as conn:
-        dropped, unknown = await sms.sweep(conn)
+        dropped, unknown = await sms.sweep(conn, ttl_s)
     if dropped:
         TEXTS.labels("any", "dropped").inc(dropped)
     if unknown:

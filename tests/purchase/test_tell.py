@@ -145,10 +145,25 @@ async def test_a_text_that_would_come_too_late_is_dropped(till: Money) -> None:
         assert (await becomes(till, "dropped"))["code"] == "too_late"
 
 
+async def test_every_text_keeps_to_the_setting_and_not_only_the_first(
+    shop: Shop, redis_url: str, database_url: str
+) -> None:
+    """Bug: FAIRDROP_SMS_TTL_S was obeyed for the text of confirm alone; the others were written with 900 s."""
+    async with money(shop, redis_url, database_url, sms_ttl_s=60) as till:
+        await till.publish()
+        number = await till.reserve("ann", attempt=False, contact=True)
+        async with till.engine.begin() as conn:
+            await orders.pay(conn, number)
+        await till.sql("UPDATE sms SET created_at = now() - interval '61 s'")
+        async with telling(till):
+            assert (await becomes(till, "dropped"))["code"] == "too_late"
+        assert await till.shop.texts() == []
+
+
 async def test_a_worker_killed_while_sending_leaves_it_unknown(till: Money) -> None:
     await due(till)
     async with till.engine.begin() as conn:
-        assert len(await sms.lease_due(conn, 10, 0.0)) == 1
+        assert len(await sms.lease_due(conn, 10, 0.0, 900)) == 1
     async with telling(till):
         assert (await becomes(till, "unknown"))["code"] == "worker_gone"
     assert await till.shop.texts() == []
