@@ -186,6 +186,19 @@ def _with_stores(settings: Settings, *needed: Literal["database", "redis"]) -> S
     return settings.model_copy(update={f"{name}_url": str(urls[name]) for name in missing})
 
 
+def _with_sandbox(settings: Settings) -> Settings:
+    """The database as set; else all of the `fairdrop up` that runs in the data directory, its sandbox included."""
+    if settings.database_url:
+        return settings
+    from app.supervisor import made_secrets, read_urls
+
+    urls = read_urls(settings.data_dir)
+    found: dict[str, Any] = {"database_url": str(urls["database"]), "sandbox_url": str(urls["sandbox"])}
+    if (file := made_secrets(settings.data_dir).get("sandbox_secret")) is not None:
+        found["sandbox_secret"] = file.read_text(encoding="ascii").strip()
+    return _settings(data_dir=settings.data_dir, env="development", **found)
+
+
 def _with_pii_keys(settings: Settings) -> Settings:
     """The keys that seal contacts: as set, else those that `fairdrop up` made in the data directory."""
     if settings.pii_keys.get_secret_value():
@@ -270,16 +283,7 @@ def reconcile_bill(
         raise typer.BadParameter("a day is written like 2026-11-11") from None
     if wanted > datetime.now(UTC).date():
         raise typer.BadParameter("this day has not begun")
-    settings = _settings(data_dir=data_dir)
-    if not settings.database_url:
-        from app.supervisor import made_secrets, read_urls
-
-        urls = read_urls(settings.data_dir)
-        found: dict[str, Any] = {"database_url": str(urls["database"]), "sandbox_url": str(urls["sandbox"])}
-        if (file := made_secrets(settings.data_dir).get("sandbox_secret")) is not None:
-            found["sandbox_secret"] = file.read_text(encoding="ascii").strip()
-        settings = _settings(data_dir=data_dir, env="development", **found)
-
+    settings = _with_sandbox(_settings(data_dir=data_dir))
     _logging(settings, "reconcile-bill")
 
     async def run() -> list[dict[str, Any]]:
@@ -336,6 +340,7 @@ def rebuild(
     from app.scripts import Link, Scripts
 
     settings = _with_pii_keys(_with_stores(_settings(data_dir=data_dir), "database", "redis"))
+    _logging(settings, "rebuild")  # to standard error: standard output is the report's
 
     async def run() -> rebuilding.Report | None:
         link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="rebuild")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -406,3 +410,28 @@ def test_a_ticket_goes_on_only_if_its_own_epoch_gave_out_its_seq() -> None:
         (2, 99): True, (2, 150): False, (3, 150): True, (3, 99): True, (3, 249): True, (3, 250): False,
     }  # fmt: skip
     assert {case: item.goes_on(*case) for case in cases} == cases
+
+
+async def test_the_command_reports_what_it_did_and_why_it_did_not(
+    shop: Shop, redis_url: str, database_url: str
+) -> None:
+    await shop.publish(3)
+    await shop.claim("ann")
+    environment = os.environ | {
+        "FAIRDROP_ENV": "development", "FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABASE_URL": database_url,
+        "FAIRDROP_PII_KEYS": "p" * 43,
+    }  # fmt: skip
+
+    async def command(sale: str) -> tuple[int, Any]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "app.cli", "rebuild", sale, "--json", env=environment, stdout=PIPE, stderr=PIPE
+        )  # fmt: skip
+        out, _ = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, json.loads(out)
+
+    status, told = await command(SALE)
+    assert (status, told["rebuilt"], told["epoch"], told["orders_live"]) == (0, True, 2, 1)
+    status, told = await command("nope")
+    assert (status, told["rebuilt"]) == (1, False)
+    assert told["why"].startswith("nope is no sale")
