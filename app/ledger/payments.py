@@ -238,6 +238,18 @@ async def unsent(
     return [dict(row) for row in found.mappings()]
 
 
+async def foreign(conn: AsyncConnection, known: Sequence[str]) -> list[str]:
+    """Suppliers beside the known ones that due attempts were never sent to."""
+    found = await conn.execute(
+        text(
+            "SELECT DISTINCT provider FROM payment_attempt WHERE state IN ('wanted', 'created') AND next_at <= now()"
+            f" AND provider <> ALL(CAST(:known AS text[])) AND {_UNSENT}"
+        ),
+        {"known": list(known)},
+    )
+    return [str(name) for name in found.scalars()]
+
+
 async def redirect_fresh(conn: AsyncConnection, provider: str, others: Mapping[str, str]) -> int:
     """Attempts that no worker has taken up go to other suppliers: attempt id -> its new one. Returns how many."""
     found = await conn.execute(

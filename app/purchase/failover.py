@@ -40,7 +40,7 @@ MOVED = Counter(
 
 async def other(engine: AsyncEngine, providers: Providers, row: Row) -> str | None:
     """The supplier that could serve the attempt instead of its own. None: no other is well, or untried."""
-    if len(providers.payment) == 1 or row["attempt_no"] >= MOVES_MAX:
+    if set(providers.payment) == {row["provider"]} or row["attempt_no"] >= MOVES_MAX:
         return None
     async with engine.connect() as conn:
         tried = await payments.tried(conn, row["order_no"], TRIED_S)
@@ -79,37 +79,53 @@ async def move_on(engine: AsyncEngine, providers: Providers, provider: GuardedPa
     shut = refusal is not None and refusal.code == BREAKER_OPEN
     if not shut and provider.guard.breaker.state is not State.HALF_OPEN:
         return 0
+    due_since_s = 0.0 if shut else HALF_OPEN_WAIT_S
+    return await _move_from(engine, providers, provider.name, due_since_s, BREAKER_OPEN)
+
+
+async def adopt(engine: AsyncEngine, providers: Providers) -> int:
+    """What waits for a supplier that is not in use any more goes to those that are. Returns how many.
+
+    What may have happened there stays: only that supplier knows, and whoever ends the order calls a person.
+    """
+    async with alone(engine) as conn:
+        gone = await payments.foreign(conn, list(providers.payment))
+    return sum([await _move_from(engine, providers, name, 0.0, "provider_gone") for name in gone])
+
+
+async def _move_from(
+    engine: AsyncEngine, providers: Providers, name: str, due_since_s: float, code: str
+) -> int:
     # Only channels that lead somewhere else, or what can go nowhere would stand in front of what can.
     channels = [
         channel
         for channel in providers.routes.channels()
-        if providers.payment_for(channel, "", {provider.name}) is not None
+        if providers.payment_for(channel, "", {name}) is not None
     ]
     if not channels:
         return 0
-    due_since_s = 0.0 if shut else HALF_OPEN_WAIT_S
     async with alone(engine) as conn:
-        waiting = await payments.unsent(conn, provider.name, channels, due_since_s, TRIED_S, MOVED_MAX)
+        waiting = await payments.unsent(conn, name, channels, due_since_s, TRIED_S, MOVED_MAX)
     fresh: dict[str, str] = {}
     moved = 0
     for row in waiting:
         if not row["fresh"]:
-            moved += await go(engine, providers, row, partial(_end_unsent, row["id"]))
+            moved += await go(engine, providers, row, partial(_end_unsent, row["id"], code))
             continue
-        found = providers.payment_for(row["channel"], row["order_no"], {provider.name, *row["tried"]})
+        found = providers.payment_for(row["channel"], row["order_no"], {name, *row["tried"]})
         if found is not None:
             fresh[row["id"]] = found
     if fresh:
         async with alone(engine) as conn:
-            count = await payments.redirect_fresh(conn, provider.name, fresh)
-        MOVED.labels(provider.name).inc(count)
-        log.info("payments_moved", provider=provider.name, count=count)
+            count = await payments.redirect_fresh(conn, name, fresh)
+        MOVED.labels(name).inc(count)
+        log.info("payments_moved", provider=name, count=count)
         moved += count
     return moved
 
 
-async def _end_unsent(attempt_id: str, conn: AsyncConnection) -> bool:
-    return await payments.end_unsent(conn, attempt_id, BREAKER_OPEN)
+async def _end_unsent(attempt_id: str, code: str, conn: AsyncConnection) -> bool:
+    return await payments.end_unsent(conn, attempt_id, code)
 
 
 async def best(conn: AsyncConnection, providers: Providers, order: Row, channel: str) -> str:

@@ -49,6 +49,7 @@ POLL_FIRST_S = 15.0  # call-backs come within a second; a query is for those tha
 POLL_MAX_S = 60.0
 EXPIRY_GRACE_S = 1.0  # after a link's end before it is closed: clocks differ
 LATE_EVERY_S = 0.2
+ORPHANS_EVERY_S = 5.0  # between two looks for attempts of suppliers that are not in use any more
 ADDRESS_MAX = 128  # characters: a sealed IPv6 address in base64 has 96
 CALLS_MAX = 8  # in one turn of an attempt; a supplier that keeps saying something else is asked again later
 
@@ -105,6 +106,7 @@ async def run(
             if len(providers.payment) > 1:
                 move_on = partial(failover.move_on, engine, providers, provider)
                 group.create_task(_every(LOOK_EVERY_S, move_on, stopping))
+        group.create_task(_every(ORPHANS_EVERY_S, lambda: failover.adopt(engine, providers), stopping))
         group.create_task(_every(LATE_EVERY_S, lambda: weigh_late(engine, scripts), stopping))
 
 
@@ -169,6 +171,18 @@ async def _play(till: Till, provider: GuardedPayment, row: Row, move: attempt.Mo
             case _:
                 return await _carry_out(till, row, move)
     return await _carry_out(till, row, attempt.Unknown("contradicts_itself"))
+
+
+async def _end_it(till: Till, row: Row, why: str) -> Cleared:
+    """Make sure that nothing comes of a leased attempt any more."""
+    move = attempt.end(_facts(row), why)
+    provider = till.providers.payment.get(row["provider"])
+    if provider is not None:
+        return await _play(till, provider, row, move)
+    if isinstance(move, attempt.End):
+        return await _carry_out(till, row, move)  # nobody was ever asked for it
+    alert("provider_gone", "an open payment belongs to a supplier that is not configured", attempt=row["id"])
+    return "unknown"
 
 
 async def _carry_out(till: Till, row: Row, verdict: attempt.Verdict) -> Cleared:
@@ -355,15 +369,11 @@ async def _make_way(till: Till, row: Row) -> None:
                 await orders.bump(conn, row["order_no"])
             return
         before = await payments.lease_one(conn, open_ones[0]["id"], till.lease_s)
-    if before is not None:
-        provider = till.providers.payment.get(before["provider"])
-        if provider is not None:
-            cleared = await _play(till, provider, before, attempt.end(_facts(before), "replaced"))
-            if cleared == "clear":
-                async with till.engine.begin() as conn:
-                    await orders.lock(conn, row["order_no"])
-                    await payments.start(conn, held(row))
-                return
+    if before is not None and await _end_it(till, before, "replaced") == "clear":
+        async with till.engine.begin() as conn:
+            await orders.lock(conn, row["order_no"])
+            await payments.start(conn, held(row))
+        return
     async with till.engine.begin() as conn:
         await payments.wait(conn, held(row), "wanted", backoff_s(row["tries"]))
 
@@ -441,15 +451,7 @@ async def clear_attempts(
             async with engine.begin() as conn:
                 await payments.end(conn, held(row), "closed", "not_payable")
             continue
-        provider = providers.payment.get(row["provider"])
-        if provider is None:
-            alert(
-                "provider_gone",
-                "an open payment belongs to a supplier that is not configured",
-                attempt=row["id"],
-            )
-            return "unknown"
-        cleared = await _play(till, provider, row, attempt.end(_facts(row), "not_payable"))
+        cleared = await _end_it(till, row, "not_payable")
         if cleared != "clear":
             return cleared
     return "clear"

@@ -151,6 +151,16 @@ async def test_what_is_told_at_once_is_what_the_row_says_later(shop: Shop) -> No
     )
 
 
+async def test_every_order_of_a_batch_gets_the_supplier_of_its_own_route(shop: Shop) -> None:
+    await shop.publish(5, default_channel="card")
+    await shop.claim("ann", "bob", "cat")
+    shop.confirmer.supplier = lambda channel, order_no: f"{channel}-{order_no[:4]}"
+    await shop.confirmer.confirm(SALE, await shop.read())
+    rows = await shop.sql("SELECT order_no, provider FROM payment_attempt")
+    assert len(rows) == 3
+    assert all(row["provider"] == f"card-{row['order_no'][:4]}" for row in rows)
+
+
 async def test_a_buyer_who_comes_back_keeps_the_contact_of_the_first_order(shop: Shop) -> None:
     await shop.publish()
     await shop.link.call("HSET", shop.keys.contact, "ann", b"sealed")

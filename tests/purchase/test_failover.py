@@ -195,6 +195,28 @@ async def test_a_worker_that_takes_an_attempt_up_and_one_that_moves_it_never_bot
         assert (row["provider"] == "sandbox") == (leased.held(row) in taken) == (row["sent_at"] is not None)
 
 
+async def test_what_waits_for_a_supplier_that_is_gone_goes_to_one_that_is_there(
+    redis_url: str, database_url: str, shop: Shop
+) -> None:
+    """Its settings were taken away: what it was never asked for moves on, what it may know keeps the order."""
+    async with money(shop, redis_url, database_url) as till:
+        await till.publish()
+        fresh, tried, sent = [await till.reserve(buyer) for buyer in ("ann", "bob", "cat")]
+        await till.sql("UPDATE payment_attempt SET provider = 'gone'")
+        await till.sql("UPDATE payment_attempt SET tries = 2 WHERE order_no = :no", no=tried)
+        await till.sql("UPDATE payment_attempt SET sent_at = now() WHERE order_no = :no", no=sent)
+        assert await failover.adopt(till.engine, till.providers) == 2
+        assert await _suppliers(till, fresh) == [("sandbox", "created", None)]
+        assert await _suppliers(till, tried) == [
+            ("gone", "failed", "provider_gone"),
+            ("sandbox", "created", None),
+        ]
+        assert await _suppliers(till, sent) == [("gone", "created", None)]
+        assert await failover.adopt(till.engine, till.providers) == 0
+        assert await pay.clear_attempts(till.engine, till.providers, sent) == "unknown"
+        assert await till.state(sent) == "reserved"
+
+
 async def test_attempts_hop_no_more_than_their_limit_and_leave_the_buyer_some(
     till: Money, monkeypatch: pytest.MonkeyPatch, backup: Shop
 ) -> None:
