@@ -83,6 +83,10 @@ test: check ## everything that has to hold: static checks, then all tests, in pa
 planted: $(MADE_DEV) ## the checker is checked: every planted bug is caught, and without it the same sale is fine
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal --durations=40 tests/chaos/test_planted.py
 
+.PHONY: simulate
+simulate: $(MADE_DEV) ## 100,000 simulated histories of payments, releases and draws: ARGS="--seed 1 --count 100000"
+	$(BIN)/python -m tests.simulation.run $(ARGS)
+
 SEED ?= 1
 RUNS ?= 10
 .PHONY: chaos

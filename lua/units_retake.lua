@@ -17,7 +17,8 @@
 --
 -- Returns {'GONE'} | {'OLD'} | {'TAKEN', units_left} | {'ALREADY', byte} | {'REFUSED', 'state' | 'waiting' | 'stock'}
 -- Law: a unit leaves `stock` only on the step expired or cancelled -> claimed. The version is stored, so a repeat answers
---   ALREADY; a release of these units needs a higher one. No entry in `orders`: the row exists.
+--   ALREADY; a release of these units needs a higher one. No entry in `orders`: the row exists. The buyer is told what
+--   was told before until ticket_mark says paid or refunded: nobody who heard `expired` hears `claimed`.
 -- Cost: O(1).
 --@ part sale
 local ITEM, STOCK, OUTCOME, STATUS = KEYS[2], KEYS[3], KEYS[4], KEYS[6]
@@ -39,6 +40,6 @@ if stock < units then
   return {'REFUSED', 'stock'}
 end
 redis.call('SETRANGE', OUTCOME, seq - 1, 'c')
-redis.call('HSET', STATUS, status_field, ARGV[7] .. '|c|' .. told_json)
+redis.call('HSET', STATUS, status_field, ARGV[7] .. '|' .. byte .. '|' .. told_json)
 redis.call('HINCRBY', STOCK, sku, -units)
 return {'TAKEN', stock - units}

@@ -143,7 +143,7 @@ async def test_late_money_takes_the_unit_again_once(stage: Stage, unchanged: Any
     await stage.release(1, 2)
     assert await stage.retake(1, 2) == Taken(0)
     assert await stage.outcome() == b"c"
-    assert await stage.status() == {"A:1": '2|c|{"order":null}'}
+    assert await stage.status() == {"A:1": '2|e|{"order":null}'}
     assert await unchanged(stage.retake(1, 2)) == AlreadyByte(b"c")
     assert await unchanged(stage.release(1, 2)) == AlreadyByte(b"c")  # the old release, delivered again
     assert len(await stage.claims()) == 1
