@@ -23,8 +23,7 @@ async def section(shop: Shopfront, sales: Sales, plan: Plan) -> Found:
     one, two = await shop.front("uvicorn", 1), await shop.front("uvicorn", 2)
     off = await shop.front("uvicorn", 1, batch_max="1", batch_in_flight_max="8")
     try:
-        if not hasattr(sales, "claims"):
-            await sales.prepare(one.port)
+        await sales.prepare(one.port)
         for front in (one, two, off):
             await known(front.port, "claims")
         found = await _two(shop, sales, plan, one, two)
