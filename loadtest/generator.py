@@ -37,7 +37,7 @@ class Result:
     )  # open loop: answers that came before the last was due
     unsent: int = 0  # open loop: requests whose time had come and that found no free connection until the end
     cpu_s: float = 0.0  # of this generator: near `seconds`, it was the generator that was measured
-    bodies: deque[bytes] = field(default_factory=lambda: deque(maxlen=4))
+    bodies: dict[int, bytes] = field(default_factory=dict)  # the last one of each status
 
     @property
     def per_s(self) -> float:
@@ -128,7 +128,7 @@ class _Run:
         if self.keep_bodies:
             self.all_bodies.append(body)
         else:
-            result.bodies.append(body)
+            result.bodies[status] = body
         self.next(line)
 
     def next(self, line: _Line) -> None:

@@ -218,7 +218,7 @@ def void_reason(result: Result, expects: frozenset[int]) -> str | None:
             f"{count} × {status if status else 'connection lost'}"
             for status, count in unexpected.most_common(4)
         )
-        last = result.bodies[-1][:160].decode("utf-8", "replace") if result.bodies else ""
+        last = result.bodies.get(unexpected.most_common(1)[0][0], b"")[:160].decode("utf-8", "replace")
         return f"unexpected answers: {words} {last}".strip()
     if result.saturated:
         return f"the generator used {result.cpu_s / result.seconds:.0%} of its core"
