@@ -721,6 +721,18 @@ async def refund_wait(conn: AsyncConnection, held: tuple[str, int], state: str, 
     return bool(found.rowcount)
 
 
+async def refund_doubted(conn: AsyncConnection, refund_id: str) -> str | None:
+    """The supplier says that a refund did not get through: one under way is asked about now. Returns its state."""
+    found = await conn.execute(
+        text(
+            "UPDATE refund SET next_at = CASE WHEN state IN ('due', 'sent', 'unknown') THEN now() ELSE next_at END"
+            " WHERE id = :id RETURNING state"
+        ),
+        {"id": refund_id},
+    )
+    return found.scalar_one_or_none()
+
+
 async def refund_failed(conn: AsyncConnection, refund: Row) -> bool:
     """The supplier refuses a leased refund for good; a person has to look. False: the lease is no longer ours.
 

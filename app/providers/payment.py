@@ -150,6 +150,15 @@ class HookRefunded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HookRefundFailed:
+    """A refund did not reach the buyer, perhaps after it was said to be done: the money is with us again."""
+
+    event_id: str
+    refund_id: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HookOther:
     """Verified, but says nothing that we act on: acknowledge it."""
 
@@ -164,7 +173,7 @@ class HookForged:
     code: str
 
 
-Hook = HookPaid | HookDeclined | HookClosed | HookRefunded | HookOther | HookForged
+Hook = HookPaid | HookDeclined | HookClosed | HookRefunded | HookRefundFailed | HookOther | HookForged
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from app.providers.payment import (
     HookOther,
     HookPaid,
     HookRefunded,
+    HookRefundFailed,
     Link,
     LinkWanted,
     Payment,
@@ -552,9 +553,11 @@ def _meaning(event: _Event) -> Hook:
                 code="payment_failed",
                 final=False,  # the page asks for another card
             )
-    elif kind in ("refund.created", "refund.updated", "charge.refund.updated"):
+    elif kind in ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated"):
         refund = msgspec.json.decode(event.data.object, type=_Refund)
         refund_id = (refund.metadata or {}).get("refund_id")
+        if refund_id and refund.status in ("failed", "canceled"):  # failed may follow succeeded, days later
+            return HookRefundFailed(event_id=event.id, refund_id=refund_id, code=f"refund_{refund.status}")
         if refund_id and refund.status == "succeeded":
             return HookRefunded(event_id=event.id, refund_id=refund_id, provider_ref=refund.id)
     return HookOther(event_id=event.id, kind=kind)

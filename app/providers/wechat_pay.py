@@ -55,6 +55,7 @@ from app.providers.payment import (
     HookOther,
     HookPaid,
     HookRefunded,
+    HookRefundFailed,
     Link,
     LinkWanted,
     Payment,
@@ -568,6 +569,12 @@ class WechatPay:
                 if refund.refund_status == "SUCCESS":
                     return HookRefunded(
                         event_id=body.id, refund_id=refund.out_refund_no, provider_ref=refund.refund_id
+                    )
+                if refund.refund_status in ("CLOSED", "ABNORMAL"):
+                    return HookRefundFailed(
+                        event_id=body.id,
+                        refund_id=refund.out_refund_no,
+                        code=f"refund_{refund.refund_status.lower()}",
                     )
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return HookForged("malformed")

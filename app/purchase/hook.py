@@ -12,6 +12,7 @@ from prometheus_client import Counter
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app.alarm import alert
 from app.ledger import orders, payments
 from app.ledger.engine import alone, passes
 from app.providers.payment import (
@@ -23,6 +24,7 @@ from app.providers.payment import (
     HookOther,
     HookPaid,
     HookRefunded,
+    HookRefundFailed,
 )
 from app.providers.registry import Providers
 from app.purchase.evidence import SETTLED, take_evidence
@@ -110,6 +112,17 @@ async def _take(conn: AsyncConnection, provider: str, hook: Hook, raw_body: byte
         case HookRefunded():
             done = await payments.refund_done(conn, hook.refund_id, hook.provider_ref)
             return "refunded" if done else "known"
+        case HookRefundFailed():
+            state = await payments.refund_doubted(conn, hook.refund_id)
+            if state == "done":
+                alert(
+                    "refund_came_back",
+                    "a refund that was done has failed at its supplier; the money is with us again",
+                    provider=provider,
+                    refund=hook.refund_id,
+                    code=hook.code,
+                )
+            return "refund_failed" if state is not None else "known"
         case HookOther():
             return "other"
         case _:

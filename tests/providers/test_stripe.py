@@ -24,6 +24,7 @@ from app.providers.payment import (
     HookOther,
     HookPaid,
     HookRefunded,
+    HookRefundFailed,
     Link,
     LinkWanted,
     Payment,
@@ -395,6 +396,9 @@ def test_what_each_event_means() -> None:
     tried = hook_of(api, api.signed(api.event("payment_intent.payment_failed", intent)))
     assert isinstance(tried, HookDeclined) and not tried.final
     back = {"id": "re_1", "status": "succeeded", "metadata": {"refund_id": "R1-1"}}
+    for status in ("failed", "canceled"):  # a bank may send it back days after it succeeded
+        gone = hook_of(api, api.signed(api.event("refund.failed", {**back, "status": status})))
+        assert isinstance(gone, HookRefundFailed) and gone.code == f"refund_{status}"
     done = hook_of(api, api.signed(api.event("refund.updated", back)))
     assert done == HookRefunded(event_id=done.event_id, refund_id="R1-1", provider_ref="re_1")  # type: ignore[attr-defined]
     for kind, thing in (

@@ -27,6 +27,7 @@ from app.providers.payment import (
     HookOther,
     HookPaid,
     HookRefunded,
+    HookRefundFailed,
     Link,
     LinkWanted,
     Payment,
@@ -567,6 +568,20 @@ def test_what_other_call_backs_mean() -> None:
     back = read(api, api.signed(api.refund_note(refund)))
     assert isinstance(back, HookRefunded)
     assert (back.refund_id, back.provider_ref) == ("R1-1", "50300")
+    for status in ("CLOSED", "ABNORMAL"):
+        gone = {**refund, "mchid": api.mchid, "refund_status": status}
+        told = read(api, api.signed(api.note(f"REFUND.{status}", gone, "refund")))
+        assert isinstance(told, HookRefundFailed)
+        assert (told.refund_id, told.code) == ("R1-1", f"refund_{status.lower()}")
+
+
+def test_the_call_backs_that_try_whether_we_look_at_signatures_are_refused() -> None:
+    """WeChat Pay sends such ones now and then: the signature is bent, and only a refusal is the right answer."""
+    api = WechatPayApi()
+    headers, body = api.signed(api.note("TRANSACTION.SUCCESS", order_of(api)))
+    name = next(one for one in headers if one.lower() == "wechatpay-signature")
+    bent = {**headers, name: "WECHATPAY/SIGNTEST/" + headers[name]}
+    assert read(api, (bent, body)) == HookForged("signature_wrong")
 
 
 @pytest.mark.parametrize("change", [{"mchid": "1900000000"}, {"appid": "wx_other"}])

@@ -13,6 +13,7 @@ import pytest
 
 from app.ledger import orders, payments
 from app.providers import sandbox_wire
+from app.providers.payment import HookRefundFailed
 from app.purchase import evidence, hook, leased, pay
 from tests.providers.server import SECRET, Shop, sandbox, until
 from tests.purchase.money import PRICE, Money, money
@@ -659,6 +660,27 @@ async def test_a_pending_refund_is_looked_at_until_it_is_done(till: Money) -> No
     async with till.loops():
         await till.becomes(number, "refunded")
     await till.balanced()
+
+
+async def test_a_refund_that_comes_back_after_it_was_done_calls_a_person_once(
+    till: Money, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(hook, "alert", lambda kind, _text, **_facts: called.append(kind))
+    number = await _paid(till)
+    await _refund(till, number)
+    async with till.loops():
+        await till.becomes(number, "refunded")
+    refund_id = await till.one("SELECT id FROM refund")
+    gone = HookRefundFailed(event_id="evt_gone", refund_id=refund_id, code="refund_failed")
+    for outcome in ("refund_failed", "duplicate"):
+        async with till.engine.begin() as conn:
+            assert await hook._take(conn, "sandbox", gone, b"{}") == outcome
+    nobodys = HookRefundFailed(event_id="evt_2", refund_id="R-0", code="refund_failed")
+    async with till.engine.begin() as conn:
+        assert await hook._take(conn, "sandbox", nobodys, b"{}") == "known"
+    assert called == ["refund_came_back"]
+    assert await till.state(number) == "refunded"
 
 
 # The whole, under a bad supplier
