@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pytest
 
+from app.admin_cli import transitions
 from tests.office.conftest import FIRST_KEY, Office, iso, open_office, settings_for, write_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +151,6 @@ async def test_keys_and_breakers(office: Office) -> None:
     assert one["by"].startswith("first admin (")
     told = await fairdrop("providers", "--history", office=office)
     assert told.status == 0 and "forced_open" in told.out and one["at"] in told.out
-    assert (await fairdrop("providers", "nobody", "--history", office=office)).status == 1
     assert (await fairdrop("providers", "sandbox", office=office)).status == 2
     assert (await fairdrop("providers", "sandbox", "--breaker", "wide", office=office)).status == 2
 
@@ -186,3 +186,38 @@ async def test_urls_json_of_a_running_up_is_enough(office: Office, tmp_path: Pat
 async def test_every_command_has_help(words: tuple[str, ...]) -> None:
     ran = await fairdrop(*words, "--help")
     assert ran.status == 0 and "Usage:" in ran.out
+
+
+class _Told:
+    """An office that knows two transitions."""
+
+    rows: ClassVar[list[dict[str, Any]]] = [
+        {
+            "at": f"2026-11-11T12:00:0{second}.000Z", "at_ms": second, "before": before, "after": after, "why": why,
+            "calls": 10, "failures": 7, "slow": 0, "last_error": "create: http_500", "open_for_ms": 1_000, "by": "w1",
+        }
+        for second, before, after, why in (
+            (1, "closed", "open", "failure_rate"),
+            (2, "open", "half_open", "interval_over"),
+        )
+    ]  # fmt: skip
+
+    def ask(self, method: str, path: str) -> Any:
+        assert (method, path) == ("GET", "/v1/admin/providers")
+        return {"data": [{"name": "one", "history": self.rows}, {"name": "two", "history": []}]}
+
+    def all_of(self, path: str) -> list[dict[str, Any]]:
+        assert path == "/v1/admin/providers/one/history"
+        return self.rows[::-1]
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_the_history_of_breakers_is_told_newest_first(
+    name: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transitions(cast(Any, _Told()), name, as_json=True)
+    told = json.loads(capsys.readouterr().out)["data"]
+    assert [(one["name"], one["after"]) for one in told] == [("one", "half_open"), ("one", "open")]
+    transitions(cast(Any, _Told()), name, as_json=False)
+    shown = capsys.readouterr().out
+    assert 0 < shown.index("12:00:02.000Z") < shown.index("12:00:01.000Z")
