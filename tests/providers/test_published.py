@@ -49,6 +49,7 @@ async def history(link: Link, name: str) -> list[Told]:
     return [msgspec.json.decode(fields[1], type=Told) for _, fields in entries]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("shared", [True, False])
 async def test_states_are_published_and_overrides_are_obeyed_within_a_second_by_every_process(
     link: Link, shared: bool

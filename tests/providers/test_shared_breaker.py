@@ -230,10 +230,11 @@ class Callers:
         await self.process.wait()
 
 
+@pytest.mark.serial
 async def test_ten_thousand_callers_in_four_processes_get_seven_probes_and_the_dead_are_forgotten(
     link: Link, redis_url: str
 ) -> None:
-    lease_ms = 2_000
+    lease_ms = 5_000
     rules: dict[str, Any] = {
         "calls_min": 1,
         "open_ms": 100,
