@@ -43,6 +43,7 @@ from app.purchase.admit import Admitter, Course
 from app.purchase.advise import Advisor
 from app.purchase.confirm import TOOK, Confirmer, Entry
 from app.purchase.extend import Extender
+from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler
 from app.scripts import Link, Scripts
@@ -91,9 +92,13 @@ async def keep_going(
     health: Health,
     *,
     wake: asyncio.Event | None = None,
+    rests: bool = False,
 ) -> None:
-    """Turn after turn until `stopping`; an outage is waited out with backoff, and logged when it begins and ends."""
-    backoff_s, since = BACKOFF_S, 0.0
+    """Turn after turn until `stopping`; an outage is waited out with backoff, and logged when it begins and ends.
+
+    rests: after QUIET_LOOKS turns that found nothing the next ones are REST_TIMES as far apart.
+    """
+    backoff_s, since, quiet = BACKOFF_S, 0.0, 0
     while not stopping.is_set():
         if wake is not None:
             wake.clear()
@@ -119,8 +124,9 @@ async def keep_going(
             FAILING.labels(name).set(0)
             health.troubles.pop(name, None)
             backoff_s, since = BACKOFF_S, 0.0
+        quiet = 0 if more else quiet + 1
         if not more:
-            await _rest(wake or stopping, every_s)
+            await _rest(wake or stopping, every_s * (REST_TIMES if rests and quiet > QUIET_LOOKS else 1))
 
 
 def once(turn: Turn) -> Turn:
@@ -423,9 +429,16 @@ class Worker:
                 asyncio.TaskGroup() as group,
             ):
 
-                def loop(name: str, turn: Turn, every_s: float, wake: asyncio.Event | None = None) -> None:
+                def loop(
+                    name: str,
+                    turn: Turn,
+                    every_s: float,
+                    wake: asyncio.Event | None = None,
+                    rests: bool = False,
+                ) -> None:
                     group.create_task(
-                        keep_going(name, turn, every_s, self.stopping, self.health, wake=wake), name=name
+                        keep_going(name, turn, every_s, self.stopping, self.health, wake=wake, rests=rests),
+                        name=name,
                     )
 
                 loop("admit", self.admitter.turn, s.admit_every_ms / 1000)
@@ -440,7 +453,7 @@ class Worker:
                 loop("advise", self.advisor.turn, ADVICE_EVERY_S)
                 loop("extend", self.extender.turn, OUTAGES_EVERY_S)
                 loop("expire", self.releaser.expire, expire_s)
-                loop("let-go", self.releaser.let_go, relay_s)
+                loop("let-go", self.releaser.let_go, relay_s, rests=True)
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)
                 loop("events", self.number_events, EVENTS_EVERY_S)
                 loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)

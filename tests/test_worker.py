@@ -19,11 +19,13 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app import worker as worker_module
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
 from app.ledger import confirming
 from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer
+from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.reconcile import Reconciler
 from app.scripts import Busy
 from app.worker import Health, Worker, create_app, keep_going
@@ -98,6 +100,29 @@ async def test_a_worker_confirms_expires_and_tells_by_itself(shop: Shop) -> None
             return [row["position"] for row in rows] == list(range(1, len(rows) + 1))
 
         await until(numbered, "every event has its number")
+
+
+@pytest.mark.parametrize("rests", [True, False])
+async def test_a_loop_that_finds_nothing_looks_less_often_until_it_finds_something(
+    monkeypatch: pytest.MonkeyPatch, rests: bool
+) -> None:
+    """An idle worker asked Postgres 88 times a second whether there was anything to do."""
+    stopping, waits = asyncio.Event(), []
+    found = iter([*[0] * (QUIET_LOOKS + 2), 1, 0])
+
+    async def turn() -> int:
+        more = next(found, None)
+        if more is None:
+            stopping.set()
+        return more or 0
+
+    async def rest(_until: asyncio.Event, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(worker_module, "_rest", rest)
+    await keep_going("a loop", turn, 1.0, stopping, Health(), rests=rests)
+    far = float(REST_TIMES) if rests else 1.0
+    assert waits == [*[1.0] * QUIET_LOOKS, far, far, 1.0, 1.0]
 
 
 async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

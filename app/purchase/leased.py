@@ -17,6 +17,8 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 LOOK_EVERY_S = 0.1  # between two looks when nothing was due: what a buyer may wait for a link to be begun
+QUIET_LOOKS = 50  # with nothing due: from then on looks are REST_TIMES as far apart, until something is
+REST_TIMES = 3
 GATHER_S = 0.005  # so that one look takes the places of several that finished together
 DATABASE_DOWN_S = 1.0  # between two looks while Postgres does not answer
 DRAIN_S = 8.0  # after `stopping`: longer than one supplier call; what is cut off recovers by query
@@ -62,6 +64,7 @@ async def work_off(
             # A bug must not stop the other rows; this one comes back when its lease ends.
             log.exception("row_left_leased", loop=name)
 
+    quiet = 0
     stop = asyncio.ensure_future(stopping.wait())
     try:
         while not stop.done():
@@ -72,6 +75,9 @@ async def work_off(
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     log.warning("cannot_lease", loop=name, error=type(error).__name__)
                     wait_s = DATABASE_DOWN_S
+            quiet = 0 if rows or running else quiet + 1
+            if quiet > QUIET_LOOKS:
+                wait_s *= REST_TIMES
             for row in rows:
                 task = asyncio.create_task(one(row), name=f"{name} row")
                 running.add(task)
