@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 LONG_TURNS = 3  # long turns in a row put the gate up: one alone is a pause of the machine, not a crowd
 SLICE_S = 0.005  # s of queued requests served in one turn of the loop: newcomers wait that long to be told
-CROWD_MIN = 512  # fewer are no crowd, however slow the machine is just now: they wait, nobody is turned away
+CROWD_MIN = 300  # fewer are no crowd, however slow the machine is just now: they wait, nobody is turned away
 SMOOTH = 0.2  # weight of the latest turn in the speed of the queue
 CALM_S = 1.0  # s in which nobody waited long, after which the gate comes down
 

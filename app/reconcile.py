@@ -17,7 +17,7 @@ import structlog
 from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import keys
+from app import keys, reading
 from app.alarm import alert
 from app.errors import DidNotHappen
 from app.keys import SaleKeys
@@ -30,6 +30,7 @@ from app.rebuild import NotNow, rebuild
 from app.scripts import Armed, Behind, Gone, Link, NotHome, Old, Pulsed, Scripts
 from app.settings import Settings
 
+BACKLOG_READ_MAX = 200_000  # claims in flight that are looked at: twice the default cap
 NEVER_A_REPLICA = "0" * 40  # master_replid2 of a server that was not promoted
 SURE_AFTER = (
     3  # comparisons in a row: the two stores are read one after the other, so one may catch a step half done
@@ -97,10 +98,14 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
     async with alone(engine) as conn:
         counts = await course.counts(conn, sale)
     k = SaleKeys(sale)
-    stock, entries = await link.pipeline([("HGETALL", k.stock), ("XRANGE", k.orders, "-", "+")])
-    for answer in (stock, entries):
+    stock, newest = await link.pipeline([("HGETALL", k.stock), ("XREVRANGE", k.orders, "+", "-", "COUNT", 1)])
+    for answer in (stock, newest):
         if isinstance(answer, Exception):
             raise answer
+    upto = (
+        newest[0][0] if newest else b"0-0"
+    )  # claims as of now: those that come while this reads are not counted
+    entries = await reading.entries(link, k.orders, upto=upto, count_max=BACKLOG_READ_MAX)
     left = {sku.decode(): int(units) for sku, units in zip(stock[::2], stock[1::2], strict=True)}
     claimed: Counter[str] = Counter()
     for _, fields in entries:

@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         20.0, gt=0, description="ms; when the event loop takes longer to come round, joins and polls queue up"
     )
     overload_wait_max_ms: float = Field(
-        100.0,
+        25.0,
         ge=0,
         description="ms the first of them may have waited before newcomers get 503 at once; 0: nobody is turned away",
     )
@@ -176,7 +176,9 @@ class Settings(BaseSettings):
         20_000, description="buyers queued in one front-door process before 503 busy"
     )
     join_wait_max_ms: float = Field(
-        250.0, gt=0, description="ms a buyer may have waited for Redis before newcomers get 503 busy"
+        25.0,
+        gt=0,
+        description="ms a buyer may have queued for Redis before newcomers get 503 (if batch_max are queued)",
     )
     join_deadline_s: float = Field(5.0, description="s a join may take before 503 busy")
     orders_backlog_max: int = Field(

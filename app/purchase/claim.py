@@ -18,9 +18,7 @@ from app.settings import Settings
 
 T = TypeVar("T")
 
-CALLS_QUEUED = (
-    2  # whole calls that wait for Redis before newcomers may be refused: fewer are a pause, not a crowd
-)
+CALLS_QUEUED = 1  # whole calls that wait before newcomers may be refused: fewer are a pause, not a crowd
 
 # ((buyer_id, units, again, ticket hash) as line_join takes it, perf_counter() when it was asked)
 Wish = tuple[tuple[bytes, int, bool, bytes], float]

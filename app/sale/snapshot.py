@@ -29,7 +29,7 @@ RATE_WINDOW_S = (
     30  # s of history behind an ETA: long enough to smooth bursts, short enough to follow a rate change
 )
 RATE_EVERY_MS = 1_000  # ms between two points of that history
-LEFT_READ_MAX = 20_000  # leavers read for one item in one tick
+LEFT_READ_MAX = 2_000  # leavers read for one item in one tick: Redis is held for some 100 µs
 ENDED_EVERY_TICKS = 50  # a closed sale is looked at every 5 s, or when its version in fairdrop:sales moves
 FEW_PART = 10  # "few": a tenth of the units or less is left
 BROKEN_WARN_S = 5.0  # s between two warnings about the same trouble
