@@ -190,6 +190,9 @@ class Guard:
         )
         self.budget = RetryBudget(rules.retry_earned, rules.retry_per_s, rules.retry_saved_max, clock_ms)
         self._clock = clock_ms
+        self.unsent: deque[bytes] = deque(
+            maxlen=rules.breaker.history_max
+        )  # entries on their way to the history
         self._untold: deque[tuple[Event, int]] = deque(maxlen=rules.breaker.history_max)
         self._meters: dict[tuple[str, str], Counter] = {}
         self._timers: dict[str, Histogram] = {}

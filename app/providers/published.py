@@ -83,8 +83,16 @@ async def _exchange(scripts: Scripts, guard: Guard, who: str, history_max: int) 
         for mode in MODES:
             if not isinstance(stands, Gone) and mode == stands.mode:
                 breaker.set_mode(mode)
-    if untold := guard.untold(who):
-        await scripts.link.pipeline([history_command(guard.name, entry, history_max) for entry in untold])
+    unsent = guard.unsent
+    unsent.extend(guard.untold(who))
+    if unsent:
+        replies = await scripts.link.pipeline(
+            [history_command(guard.name, entry, history_max) for entry in unsent]
+        )
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        unsent.clear()  # an answer that was lost: told twice rather than never
 
 
 async def publish(link: Link, guards: list[Guard], who: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from app import keys
 from app.breaker import Result, Rules, State
+from app.errors import FairdropError
 from app.providers import published
 from app.providers.registry import Providers, open_providers
 from app.providers.shared_breaker import SharedBreaker, Told, rules_text
@@ -126,3 +127,18 @@ async def test_transitions_of_a_breaker_of_its_own_come_into_the_history_too(
         State.CLOSED, State.OPEN, "failure_rate", 10, "create: http_500", "w1",
     )  # fmt: skip
     assert abs(told.at_ms - time.time() * 1000) < 60_000
+
+
+async def test_a_transition_that_redis_refused_is_told_when_it_takes_it(
+    link: Link, providers: Providers
+) -> None:
+    guard = providers.guards()[0]
+    while guard.breaker.state is State.CLOSED:
+        permit = guard.breaker.take()  # type: ignore[union-attr]
+        guard.breaker.settle(permit, Result.FAILURE, "create: http_500")
+    await link.call("SET", keys.breaker_history_key("sandbox"), "not a stream")
+    with pytest.raises(FairdropError):
+        await published.exchange(Scripts(link), [guard], "w1", 100)
+    await link.call("DEL", keys.breaker_history_key("sandbox"))
+    await published.exchange(Scripts(link), [guard], "w1", 100)
+    assert [told.after for told in await history(link, "sandbox")] == [State.OPEN]
