@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.outage import Campaign, Joins, Report, Struck, parse, run, table
+from loadtest.outage import Campaign, Joins, Report, Struck, note, parse, run, table
 from loadtest.run import CannotStart
 
 
@@ -26,6 +26,13 @@ async def test_a_suppliers_bad_minute_is_not_the_sales() -> None:
     assert by_fault["hang"].trips and by_fault["lost"].trips, "nothing was tried"
     assert by_fault["all"].slowed is not None, "admission did not slow down"
     assert all(struck.orders for struck in report.faults), table(report)
+
+
+def test_a_trip_that_is_told_twice_a_few_ms_apart_is_one() -> None:
+    seen: dict[int, str] = {}
+    note(seen, [(5_000, "closed"), (9_000, "half_open")])
+    note(seen, [(5_001, "closed"), (8_999, "half_open"), (13_000, "half_open")])
+    assert sorted(seen) == [5_000, 9_000, 13_000]
 
 
 def judged(struck: Struck, **changed: int) -> Report:
