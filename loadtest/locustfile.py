@@ -29,11 +29,18 @@ from locust.runners import MasterRunner, WorkerRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `locust -f` knows only this file's own folder
 
+from app.record import Recorder, Run
 from loadtest.office import Office, Sale, read_urls
 from loadtest.verdict import Check, Told, judge, report, settled
 
 RETRIES_MAX = 30  # of a join after 429 or 503; with Retry-After of a second this outlives a restart
 BOT_TAPS = 10
+OPERATIONS = {  # what a history calls them
+    "POST pass": "pass",
+    "POST tickets": "join",
+    "POST tickets (bot)": "join",
+    "GET ticket": "poll",
+}
 ENDED = frozenset({"paid", "sold_out", "closed", "left", "expired", "cancelled", "refunded", "lapsed"})
 
 
@@ -50,6 +57,7 @@ class Floor:
         self.late_ms: list[float] = []  # how long after the barrier each join was sent
         self.clock_offset_s = 0.0
         self.office: Office | None = None
+        self.record: Recorder | None = None  # of this process only: a history is not gathered from several
 
     def learn(self, sale: Sale) -> None:
         self.sale = sale
@@ -93,10 +101,23 @@ class Person(FastHttpUser):
 
     def call(self, method: str, path: str, name: str, fine: tuple[int, ...], body: Any = None) -> Any:
         """One request as a client of the contract: 429 and 503 must carry Retry-After and are repeated."""
+        record, op = FLOOR.record, OPERATIONS.get(name, "")
+        hand = f"{self.buyer_id}#{id(gevent.getcurrent()):x}"  # a bot has several
         for _ in range(RETRIES_MAX):
+            begun = (
+                record.invoke(op, hand, self.buyer_id, sale=self.sale.id, sku=self.sale.sku, units=1)
+                if record and op
+                else None
+            )
             with self.client.request(
                 method, path, name=name, headers=self.identity, json=body, catch_response=True
             ) as answer:
+                if record and begun:
+                    if answer.status_code:
+                        said = answer.json() if answer.content and answer.status_code < 500 else None
+                        record.answered(begun, answer.status_code, said)
+                    else:
+                        record.end(begun, "unknown")
                 if answer.status_code in fine:
                     answer.success()
                     return answer.json() if answer.content else None
@@ -264,6 +285,13 @@ def add_options(parser: Any) -> None:
     )
 
 
+@events.init_command_line_parser.add_listener
+def add_history(parser: Any) -> None:
+    parser.add_argument(
+        "--history", type=Path, help="write what every buyer asked and was told here (one load process only)"
+    )
+
+
 @events.init.add_listener
 def set_up(environment: Environment, **_: Any) -> None:
     urls = read_urls(environment.parsed_options.urls)
@@ -289,6 +317,9 @@ def hold_sale(environment: Environment, **_: Any) -> None:
     print(f"sale {sale.id}: {sale.units} units, opens in {options.opens_in_s:.0f} s")
     if isinstance(environment.runner, MasterRunner):
         environment.runner.send_message("sale", asdict(sale))
+    elif options.history is not None:
+        FLOOR.record = Recorder(options.history)
+        FLOOR.record.add(Run(at=FLOOR.record.clock(), by="locust", sale=sale.id))
     FLOOR.learn(sale)
     gevent.spawn(close_later, FLOOR.office, sale, options.open_for_s)
 
@@ -321,6 +352,8 @@ def pronounce(environment: Environment, **_: Any) -> None:
     if isinstance(environment.runner, WorkerRunner) or FLOOR.sale is None or FLOOR.office is None:
         return
     FLOOR.at_home += FLOOR.told
+    if FLOOR.record is not None:
+        FLOOR.record.close()
     if FLOOR.late_ms:
         late = sorted(FLOOR.late_ms)
         p50, p99 = late[len(late) // 2], late[int(len(late) * 0.99)]

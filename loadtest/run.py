@@ -81,9 +81,25 @@ def run_locust(urls: Path, options: argparse.Namespace) -> int:
     ]
     command += ["--urls", str(urls), "--units", str(options.units), "--opens-in-s", str(options.opens_in_s)]
     command += ["--open-for-s", str(options.open_for_s), "--pay-within-s", str(options.pay_within_s)]
-    return subprocess.run(
+    if options.history is not None:
+        command += ["--history", str(options.history.absolute())]
+    status = subprocess.run(
         command, cwd=CHECKOUT, env=os.environ | {"LOCUST_SKIP_UPDATE_CHECK": "1"}
     ).returncode
+    if options.history is None:
+        return status
+    judge = [
+        sys.executable,
+        "-m",
+        "app.cli",
+        "check-history",
+        str(options.history.absolute()),
+        "--urls",
+        str(urls),
+    ]
+    if ledger := os.environ.get("FAIRDROP_SANDBOX_LEDGER"):
+        judge += ["--supplier", ledger]
+    return subprocess.run(judge, cwd=CHECKOUT).returncode or status
 
 
 def main() -> int:
@@ -108,6 +124,9 @@ def main() -> int:
     parser.add_argument(
         "--urls", type=Path, help="urls.json of servers that run already; default: start some"
     )
+    parser.add_argument(
+        "--history", type=Path, help="write and judge the history of the run (docs/history.md)"
+    )
     options = parser.parse_args()
     if options.urls is not None:
         return run_locust(options.urls, options)
@@ -117,6 +136,7 @@ def main() -> int:
         os.environ.setdefault(
             "FAIRDROP_POLL_MAX_MS", "2500"
         )  # winners of returned units must hear of it in time to pay
+        os.environ.setdefault("FAIRDROP_SANDBOX_LEDGER", str(Path(folder) / "supplier.jsonl"))
         try:
             with servers(Path(folder)) as urls:
                 return run_locust(urls, options)
