@@ -87,8 +87,8 @@ def at_point(name: str, action: str = "kill") -> Plan:
     return Plan(
         f"point-{name}",
         units=6,
-        pay_within_s=2,
-        buyers=at_the_deadline if late else lambda dice: people(dice, 14, pays=0.6),
+        pay_within_s=2 if late else 3,
+        buyers=at_the_deadline if late else lambda dice: people(dice, 14, pays=0.6, think_s=0.05),
         control={"late_pay": late},
         points={point.role: f"{name}:{action}"},
         open_for_s=4.0,
