@@ -13,12 +13,12 @@ from msgspec import structs
 from structlog.testing import capture_logs
 
 from app import texts
-from app.breaker import Result
+from app.breaker import Result, Rules
 from app.keys import SaleKeys
 from app.ledger import orders, sms
 from app.providers import registry
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
-from app.providers.guard import Guard, GuardedSms
+from app.providers.guard import Guard, GuardedSms, GuardRules
 from app.providers.routes import Routes
 from app.providers.sms import Sent, Text
 from app.purchase import tell
@@ -262,6 +262,34 @@ async def test_an_open_breaker_hands_on_and_costs_no_call(till: Money) -> None:
     async with telling(till):
         assert (await becomes(till, "sent"))["provider_ref"] == "two-ref"
     assert one.sent == []
+
+
+async def test_a_sick_channel_is_left_when_its_breaker_trips_and_found_again_by_itself(
+    shop: Shop, redis_url: str, database_url: str
+) -> None:
+    limits = {"sms_number_per_min": 100, "sms_number_per_hour": 100, "sms_number_per_day": 100}
+    async with sandbox() as second:
+        also = {"sms_also": "sandbox-2", "sandbox_2_url": second.url}
+        async with money(shop, redis_url, database_url, **also, **limits) as till:
+            await till.publish(units=200)
+            buyers = iter(range(200))
+            quick = Rules(calls_min=2, open_ms=3_000, open_max_ms=3_000, probes_max=1)
+            till.providers.sms["sandbox-sms"].guard = Guard("sandbox-sms", "sms", GuardRules(breaker=quick))
+
+            async def arrive(at: Shop) -> bool:
+                await due(till, buyer=f"b{next(buyers)}")
+                return bool(await at.texts())
+
+            await shop.control(sms={"error_rate": 1})  # answers 500: nobody knows, so nobody else is asked
+            async with telling(till):
+                await until(lambda: arrive(second), 60.0)
+                unknown = await till.one("SELECT count(*) FROM sms WHERE state = 'unknown'")
+                assert unknown >= 2  # what it takes to trip; from then on the other channel has them
+                await shop.control(reset=True)
+                await until(lambda: arrive(shop), 60.0)
+            assert await till.one("SELECT count(*) FROM sms WHERE tries > 1 AND state = 'unknown'") == 0
+            every = [text["body"] for text in (*await shop.texts(), *await second.texts())]
+            assert len(every) == len(set(every))  # none by both
 
 
 async def test_what_every_supplier_refuses_has_failed_and_is_on_the_ticket(till: Money) -> None:
