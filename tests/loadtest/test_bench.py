@@ -89,14 +89,14 @@ def subject(port: int, path: str) -> Subject:
 async def test_subjects_are_measured_in_turn(server: tuple[int, list[str]]) -> None:
     port, asked = server
     both = [subject(port, "/a"), subject(port, "/b")]
-    courses = await Measure(0.05).interleaved(both, [2], 3)
+    courses = await Measure(0.3).interleaved(both, [2], 3)
     assert asked == ["/a", "/b"] * 3
     assert [len(courses[path, 2].rounds) for path in ("/a", "/b")] == [3, 3]
 
 
 async def test_a_void_round_is_repeated(server: tuple[int, list[str]]) -> None:
     port, _ = server
-    courses = await Measure(0.05).interleaved([subject(port, "/ill"), subject(port, "/a")], [1], 2)
+    courses = await Measure(0.3).interleaved([subject(port, "/ill"), subject(port, "/a")], [1], 2)
     ill = courses["/ill", 1]
     assert len(ill.rounds) == 2
     assert ill.void is None
@@ -105,7 +105,7 @@ async def test_a_void_round_is_repeated(server: tuple[int, list[str]]) -> None:
 
 async def test_a_figure_whose_rounds_stay_void_is_not_printed(server: tuple[int, list[str]]) -> None:
     port, _ = server
-    courses = await Measure(0.05).interleaved([subject(port, "/bad"), subject(port, "/a")], [1], 1)
+    courses = await Measure(0.3).interleaved([subject(port, "/bad"), subject(port, "/a")], [1], 1)
     bad, good = courses["/bad", 1], courses["/a", 1]
     with pytest.raises(Void, match="503"):
         bad.median("per_s")
