@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 FRESH_MAX_MS = 500  # an override reaches every process within this and one beat
 DEADLINE_S = 0.25  # of a turn; a supplier's call waits for one at most in half-open
-RESULTS_MAX = 100  # in one turn: some 3 µs of Redis each
+RESULTS_MAX = 50  # in one turn: some 13 µs of Redis each, and nobody else is served meanwhile
 WANTED_MAX = 1_000
 QUEUE_MAX = 10_000  # results that wait for a turn; more are lost, and counted as such
 ALONE_EVENTS_MAX = 50  # transitions made alone that wait for Redis
