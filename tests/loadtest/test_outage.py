@@ -12,10 +12,10 @@ from loadtest.run import CannotStart
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_suppliers_bad_minute_is_not_the_sales() -> None:
-    """Latency is judged loosely here, for this machine may be busy; the campaign itself holds it to 20 %."""
+    """Times are judged loosely: this machine may be busy. The campaign itself holds p99 to 20 % and fail-over to 1 s."""
     options = parse(
         ["--faults", "hang", "flap", "lost", "all", "--fault-s", "8", "--calm-s", "4", "--joins-per-s", "40",
-         "--orders-per-s", "6", "--p99-times", "3", "--p99-plus-ms", "60"]
+         "--orders-per-s", "6", "--p99-times", "3", "--p99-plus-ms", "200", "--failover-max-s", "3"]
     )  # fmt: skip
     try:
         report = await run(options)
@@ -24,7 +24,6 @@ async def test_a_suppliers_bad_minute_is_not_the_sales() -> None:
     assert report.kept, table(report)
     by_fault = {struck.fault: struck for struck in report.faults}
     assert by_fault["hang"].trips and by_fault["lost"].trips, "nothing was tried"
-    assert by_fault["all"].slowed is not None, "admission did not slow down"
     assert all(struck.orders for struck in report.faults), table(report)
 
 
@@ -66,7 +65,7 @@ def test_the_verdict_sees_each_broken_promise() -> None:
 
     assert broken(but(during=Joins(100, 0, 1.0, 14.1))) == ["joins_as_fast"]
     assert broken(but(after=Joins(100, 1, 1.0, 9.0))) == ["no_join_failed"]
-    assert broken(but(failover_s=[0.2, 1.1])) == ["other_supplier_within_1_s"]
+    assert broken(but(failover_s=[0.2, 1.1])) == ["other_supplier_in_time"]
     assert broken(but(well_after_s=None)) == ["well_again_by_itself"]
     assert broken(FINE, paid=9, ended_unpaid=1) == ["no_order_lost"]
     assert broken(FINE, captured_minor=110) == ["nobody_charged_twice"]
