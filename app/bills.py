@@ -23,7 +23,7 @@ from app.ledger.engine import alone
 from app.providers.answer import Done, MaybeDone, NotDone, Refused
 from app.providers.payment import AttemptRef
 from app.providers.registry import Providers
-from app.purchase import evidence
+from app.purchase.paying import evidence
 from app.settings import Settings
 
 Row = dict[str, Any]

@@ -40,9 +40,9 @@ from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
 from app.purchase.admit import Admitter, Course
-from app.purchase.advise import Advisor
 from app.purchase.confirm import TOOK, Confirmer, Entry
-from app.purchase.extend import Extender
+from app.purchase.degrade.advise import Advisor
+from app.purchase.degrade.extend import Extender
 from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler

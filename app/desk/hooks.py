@@ -13,7 +13,7 @@ from app.problems import bounded_body, refusals, refuse
 from app.providers.payment import HookForged
 from app.providers.registry import Providers
 from app.purchase import tell
-from app.purchase.hook import HOOK_BODY_MAX_BYTES, take_hook
+from app.purchase.paying.hook import HOOK_BODY_MAX_BYTES, take_hook
 
 router = APIRouter(tags=["hooks"])
 

@@ -19,7 +19,7 @@ from app.batcher import Batcher, Full
 from app.errors import DidNotHappen, FairdropError, Refusal
 from app.keys import SaleKeys
 from app.problems import refuse
-from app.purchase.notices import of_ticket
+from app.purchase.degrade.notices import of_ticket
 from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Link
 from app.settings import Settings

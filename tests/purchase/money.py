@@ -17,7 +17,8 @@ from app.ledger import orders, payments, tables
 from app.ledger.engine import create_engine
 from app.providers.payment import HookAnswer
 from app.providers.registry import Providers, open_providers
-from app.purchase import hook, pay
+from app.purchase import pay
+from app.purchase.paying import hook
 from app.purchase.release import Releaser
 from app.scripts import Joined, Link, Published, Scripts
 from app.sealing import contact_aad, seal, sealing_keys

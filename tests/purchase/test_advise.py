@@ -12,7 +12,7 @@ import pytest
 from app import keys
 from app.ledger.engine import create_engine
 from app.providers.registry import Providers, open_providers
-from app.purchase.advise import Advisor, limits_of
+from app.purchase.degrade.advise import Advisor, limits_of
 from app.scripts import Claimed, Link, Scripts, Waits
 from tests.ledger.shop import Shop, open_shop, until
 

@@ -12,8 +12,8 @@ import pytest
 from app.breaker import Result
 from app.providers.answer import BREAKER_OPEN, Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.payment import Captured, Link, Payment
-from app.purchase import attempt
-from app.purchase.attempt import (
+from app.purchase.paying import attempt
+from app.purchase.paying.attempt import (
     Close,
     Create,
     Elsewhere,

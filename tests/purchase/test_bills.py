@@ -21,7 +21,7 @@ from app.ledger import bills, payments
 from app.ledger.engine import alone
 from app.providers.answer import Done
 from app.providers.payment import BillLine, RefundWanted
-from app.purchase import hook
+from app.purchase.paying import hook
 from tests.providers.server import SECRET, Shop, sandbox
 from tests.purchase.money import PRICE, Money, money
 from tests.purchase.test_real_suppliers import CASES, Case, begun

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app import audit
 from app.ledger import orders, outages, payments
 from app.providers.registry import Providers, open_providers
-from app.purchase.extend import Extender, out
+from app.purchase.degrade.extend import Extender, out
 from tests.conftest import Stores
 from tests.ledger.shop import SALE, Shop, open_shop, until
 

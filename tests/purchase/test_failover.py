@@ -11,7 +11,8 @@ import pytest
 
 from app.breaker import State
 from app.ledger import payments
-from app.purchase import failover, leased, pay
+from app.purchase import leased, pay
+from app.purchase.paying import failover
 from tests.providers.server import Shop, sandbox, until
 from tests.purchase.money import Money, money
 

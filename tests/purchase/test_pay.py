@@ -14,7 +14,8 @@ import pytest
 from app.ledger import orders, payments
 from app.providers import sandbox_wire
 from app.providers.payment import HookRefundFailed
-from app.purchase import evidence, hook, leased, pay
+from app.purchase import leased, pay
+from app.purchase.paying import evidence, hook
 from tests.providers.server import SECRET, Shop, sandbox, until
 from tests.purchase.money import PRICE, Money, money
 

@@ -14,7 +14,7 @@ import pytest
 
 from app.ledger import payments
 from app.providers import sandbox_wire
-from app.purchase import hook
+from app.purchase.paying import hook
 from tests.providers.server import SECRET, Shop, sandbox
 from tests.purchase.money import PRICE, Money, money
 

@@ -12,7 +12,8 @@ from typing import Any, cast
 import pytest
 
 from app.ledger import orders, payments
-from app.purchase import hook, leased, pay, refund
+from app.purchase import leased, pay
+from app.purchase.paying import hook, refund
 from tests.providers.server import Shop, until
 from tests.providers.standins import loopback
 from tests.providers.standins.alipay_gateway import AlipayGateway

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.purchase.throttle import Limits, Signs, Slow, Throttle, good, worst
+from app.purchase.degrade.throttle import Limits, Signs, Slow, Throttle, good, worst
 
 CALM = Signs()
 DOWN = Signs(payment_out=True)

@@ -1,7 +1,7 @@
 """A deterministic world around the product's pure parts: a fake clock, fake stores, suppliers that lie low, and dice.
 
-What is real: app/purchase/attempt.py (every decision about a payment), app/states.py, app/draw.py, and the judge of
-app/history, to which each run hands its history. What is fake, and as simple as it can be: Postgres (rows with the
+What is real: app/purchase/paying/attempt.py (every decision about a payment), app/states.py, app/draw.py, and the judge
+of app/history, to which each run hands its history. What is fake, and as simple as it can be: Postgres (rows with the
 guards of app/ledger), Redis (units, bytes, versions), the suppliers.
 
 Every participant is a generator that yields wherever a process would wait for another; the scheduler picks who goes on,
@@ -21,7 +21,7 @@ from functools import partial
 from app import draw
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.payment import Captured, Link, Payment
-from app.purchase import attempt as law
+from app.purchase.paying import attempt as law
 from app.record import Attempt, Capture, Item, Line, Op, Order, Run, Sale, Stream, Supplier, Ticket
 from app.states import ARROWS, BYTE_OF, STATE_OF, TicketState
 

@@ -27,7 +27,7 @@ from app.providers.payment import (
     HookRefundFailed,
 )
 from app.providers.registry import Providers
-from app.purchase.evidence import SETTLED, take_evidence
+from app.purchase.paying.evidence import SETTLED, take_evidence
 
 log = structlog.get_logger()
 

@@ -28,8 +28,8 @@ from app.ledger import payments
 from app.ledger.engine import alone, passes
 from app.providers.registry import Providers
 from app.purchase.admit import Admitter, Watched
-from app.purchase.extend import out
-from app.purchase.throttle import Limits, Signs, Slow, Throttle
+from app.purchase.degrade.extend import out
+from app.purchase.degrade.throttle import Limits, Signs, Slow, Throttle
 from app.scripts import Advised, Link, Scripts
 from app.settings import Settings
 
