@@ -42,6 +42,9 @@ class Express(Protocol):
     def may_wait(self, data: bytes) -> bool:
         """Whether what begins like this is a request that may be turned away (503) where too many come."""
 
+    def is_shut(self, data: bytes) -> bool:
+        """Whether such a request would be refused now whatever it says: then it is not worth reading."""
+
     def turned_away(self, head: bytes, date: bytes) -> bytes:
         """That response. head: of the request, in lower case."""
 
@@ -86,321 +89,336 @@ def limit_of_connections(wanted: int) -> int:
     return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - FILES_KEPT))
 
 
+class Lane:
+    """What all connections of a process share: limits, the application's hot requests, the gate in front of them."""
+
+    def __init__(self, settings: Settings, express: Express | None) -> None:
+        self.express = express
+        self.head_max_bytes = settings.head_max_bytes
+        self.head_within_s = settings.head_within_s
+        self.body_max_bytes = settings.body_max_bytes
+        self.body_within_s = settings.body_within_s
+        self.keep_alive_s = settings.keep_alive_s
+        self.look_every_s = min(self.head_within_s, self.body_within_s, self.keep_alive_s) / 2
+        self.connections_max = limit_of_connections(settings.connections_max)
+        self.gate: Gate[tuple[Wire, bytes]] | None = None
+        if express is not None and settings.overload_wait_max_ms > 0:
+            turn_s, wait_s = settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000
+            self.gate = Gate(turn_s, wait_s, time.perf_counter, CROWD_MIN)
+        self._watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
+        self._due = 0.0
+        self._dates: tuple[Any, bytes] = (None, b"")
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Measure the loop's turns for the gate, from the first connection on."""
+        if self.gate is not None and self._watching is not loop:
+            self._watching = loop
+            self._due = time.perf_counter() + TURN_EVERY_S
+            loop.call_later(TURN_EVERY_S, self._turned)
+
+    def _turned(self) -> None:
+        assert self.gate is not None
+        assert self._watching is not None
+        now = time.perf_counter()
+        self.gate.turned(now - self._due)
+        self._due = now + TURN_EVERY_S
+        self._watching.call_later(TURN_EVERY_S, self._turned)
+
+    def shut(self, data: bytes) -> bool:
+        """Whether what begins like this would be refused anyway, once it were read."""
+        return self.express is not None and self.express.is_shut(data)
+
+    def let_in(self) -> None:
+        """A slice of those who wait at the gate."""
+        assert self.gate is not None
+        for wire, data in self.gate.take():
+            wire.let_in(data)
+        if self.gate:
+            wire.loop.call_soon(self.let_in)
+
+    def date_of(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """uvicorn's own headers (the date; a new list every second) as header lines."""
+        if self._dates[0] is not headers:
+            self._dates = (headers, b"".join([b"%b: %b\r\n" % header for header in headers]))
+        return self._dates[1]
+
+
+class Wire(HttpToolsProtocol):
+    """One connection. Between requests and while a head arrives, `_in_head` is true and bytes are counted."""
+
+    lane: Lane  # of the process
+
+    _in_head = True
+    _head_bytes = 0
+    _heads = 0
+    _watch: asyncio.TimerHandle | None = None
+    # the express lane: what will answer the request that is arriving, its headers and body; whether one is being
+    # answered; whether the connection ends with that answer; since when there has been none
+    _hot: Callable[[Headers, bytes], Any] | None = None
+    _hot_headers: Headers
+    _hot_body = b""
+    _answering = False
+    _last = False
+    _idle_since: float | None = None
+    _still = (0, True)  # (heads, in a head) as it has been since then, and since when
+    _still_since = 0.0
+    _running: RequestResponseCycle | None = None  # what ASGI answers now
+    _refused = False  # one connection too many: nothing of it is read
+    _queued = 0  # pieces that wait at the gate
+    _held_back = False  # nothing more is read from this client until its pieces have been let in
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._still_since = self.loop.time()
+        if len(self.connections) > self.lane.connections_max:
+            self._crowded_out()
+            return
+        self._watch = self.loop.call_later(self.lane.look_every_s, self._look)
+        self.lane.watch(self.loop)
+
+    def _crowded_out(self) -> None:
+        """One connection too many: 503 without reading, then the end.
+
+        Our side is shut first: closing with the request unread would reset the connection, and the 503 with it.
+        """
+        self.connections.discard(self)
+        self._refused = True
+        self.transport.write(CROWDED_OUT)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._watch = self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        super().connection_lost(exc)
+        running = self._running
+        if running is not None and not running.response_complete:
+            # uvicorn tells the newest request only: an event stream with another sent after it would never end
+            running.disconnected = True
+            running.message_event.set()
+
+    def _look(self) -> None:
+        """Close a connection on which a head or a body has been arriving for too long, or none has ever begun.
+
+        Also one that has been idle since a hot answer; after other answers uvicorn's own timer does that. One
+        timer for all: it costs a request nothing.
+        """
+        now = self.loop.time()
+        still = (self._heads, self._in_head)
+        arriving = not self._in_head or self._head_bytes > 0 or self._heads == 0
+        if still != self._still or not arriving or self._queued or self.flow.read_paused:
+            self._still, self._still_since = still, now
+        elif now - self._still_since >= (
+            self.lane.head_within_s if self._in_head else self.lane.body_within_s
+        ):
+            self.transport.close()
+            return
+        idle_since = self._idle_since
+        if idle_since is not None and now - idle_since >= self.lane.keep_alive_s:
+            self.transport.close()
+            return
+        self._watch = self.loop.call_later(self.lane.look_every_s, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        lane = self.lane
+        gate = lane.gate
+        crowd = gate is not None and (gate.up or self._queued or lane.shut(data))
+        if not self._refused and not (crowd and self._waits(data)):
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self.lane.head_max_bytes and not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+                % (len(TOO_LARGE), TOO_LARGE)
+            )
+            self.transport.close()
+
+    # the gate
+
+    def _waits(self, data: bytes) -> bool:
+        """Queue a piece at the gate, or turn a newcomer away; False: it is read at once."""
+        lane = self.lane
+        gate, express = lane.gate, lane.express
+        assert gate is not None
+        assert express is not None
+        if self._queued:  # its turn comes after what the same client sent before
+            if not self._held_back:
+                self._held_back = True
+                self.transport.pause_reading()
+        else:
+            between = self._in_head and self._head_bytes == 0 and not self._answering
+            if (
+                not between
+                or not (self.cycle is None or self.cycle.response_complete)
+                or self.flow.write_paused
+                or not express.may_wait(data)
+            ):
+                return False
+            if (gate.full or lane.shut(data)) and self._turn_away(data):
+                return True
+        if not gate:
+            self.loop.call_soon(lane.let_in)
+        gate.put((self, data))
+        self._queued += 1
+        return True
+
+    def _turn_away(self, data: bytes) -> bool:
+        """503 to one whole request, unread; False: it is not one whole request, so it has to be read."""
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        head = data[: end + 2].lower()
+        length = 0
+        at = head.find(b"\r\ncontent-length:")
+        if at >= 0:
+            digits = head[at + 17 : head.index(b"\r", at + 2)].strip()
+            if not digits.isdigit() or len(digits) > 9:
+                return False
+            length = int(digits)
+        if end + 4 + length != len(data) or b"\r\ntransfer-encoding:" in head:
+            return False
+        lane = self.lane
+        assert lane.gate is not None
+        assert lane.express is not None
+        lane.gate.turned_away += 1
+        self._heads += 1
+        self.server_state.total_requests += 1
+        self._unset_keepalive_if_required()
+        self._idle_since = self.loop.time()
+        self.transport.write(lane.express.turned_away(head, lane.date_of(self.server_state.default_headers)))
+        if b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head:
+            self.transport.close()
+        return True
+
+    def let_in(self, data: bytes) -> None:
+        """Read a piece whose turn has come."""
+        self._queued -= 1
+        if self.transport.is_closing():
+            return  # the client has gone
+        self._read(data)
+        if self._held_back and not self._queued:
+            self._held_back = False
+            if not self.flow.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    # what the parser calls, in this order
+
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._heads += 1
+        self._idle_since = None
+        if self._head_bytes > self.lane.head_max_bytes:  # the count may hold body bytes: look exactly
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > self.lane.head_max_bytes:
+                self.app = _head_too_large
+                self._by_asgi()
+                return
+        express = self.lane.express
+        if express is not None and not self._answering:
+            hot = express.finds(self.parser.get_method(), self.url)
+            if hot is not None and self._is_plain():
+                self._hot = hot
+                self._hot_body = b""
+                return
+        self._by_asgi()
+
+    def _is_plain(self) -> bool:
+        """Whether the request is as ordinary as the lane wants it, and its turn has come."""
+        self._hot_headers = headers = dict(self.headers)
+        length = headers.get(b"content-length")
+        return (
+            _NOT_HOT.isdisjoint(headers)
+            and (length is None or (len(length) < 10 and int(length) <= self.lane.body_max_bytes))
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.flow.write_paused
+            and self.parser.get_http_version() == "1.1"
+        )
+
+    def _by_asgi(self) -> None:
+        """Do what uvicorn does at the begin of a message, now that it is known to be needed."""
+        if len(self.pipeline) >= PIPELINE_MAX:
+            self.transport.abort()
+            return
+        url, headers = self.url, self.headers
+        super().on_message_begin()
+        self.url = url
+        self.headers.extend(headers)
+        self.expect_100_continue = any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in headers
+        )
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self._hot is None:
+            super().on_body(body)
+        else:
+            self._hot_body += body
+
+    def on_message_complete(self) -> None:
+        hot = self._hot
+        if hot is None:
+            super().on_message_complete()
+        else:
+            self._hot = None
+            self._answering = True
+            lane = self.lane
+            assert lane.express is not None
+            date = lane.date_of(self.server_state.default_headers)
+            lane.express.answer(hot, self._hot_headers, self._hot_body, date, self._reply)
+        self._in_head = True
+        self._head_bytes = 0
+
+    # what follows a hot request
+
+    def _reply(self, response: bytes) -> None:
+        self._answering = False
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return  # the client has gone
+        if self._last:
+            self.transport.write(response.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+            self.transport.close()
+            return
+        self.transport.write(response)
+        if self.pipeline:
+            self.flow.resume_reading()
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        else:
+            self._idle_since = self.loop.time()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self._answering:  # a second request came before the hot one was answered
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+        else:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
+
+    def shutdown(self) -> None:
+        if self._answering or self._hot is not None:
+            self._last = True
+        else:
+            super().shutdown()
+
+
 def http_protocol(settings: Settings, express: Express | None = None) -> type[HttpToolsProtocol]:
     """uvicorn's HTTP/1.1 with limits of its own: httptools has none.
 
     Size and time of a request's head, time of its body, requests sent ahead, connections; a gate for hot requests when
-    more come than the process can answer (app/overload.py). README lists them.
+    more come than the process can answer (app/overload.py). docs/limits.md lists them.
     """
-    head_max_bytes = settings.head_max_bytes
-    head_within_s = settings.head_within_s
-    body_max_bytes = settings.body_max_bytes
-    keep_alive_s = settings.keep_alive_s
-    body_within_s = settings.body_within_s
-    connections_max = limit_of_connections(settings.connections_max)
-    look_every_s = min(head_within_s, body_within_s, keep_alive_s) / 2
-    dates: tuple[Any, bytes] = (None, b"")
-    gate: Gate[tuple[Wire, bytes]] | None = None
-    if express is not None and settings.overload_wait_max_ms > 0:
-        gate = Gate(
-            settings.overload_turn_ms / 1000,
-            settings.overload_wait_max_ms / 1000,
-            time.perf_counter,
-            CROWD_MIN,
-        )
-    watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
-
-    def watch(loop: asyncio.AbstractEventLoop) -> None:
-        """Measure the loop's turns for the gate, from the first connection on."""
-        nonlocal watching
-        if gate is None or watching is loop:
-            return
-        watching = loop
-        due = time.perf_counter() + TURN_EVERY_S
-
-        def turned() -> None:
-            nonlocal due
-            now = time.perf_counter()
-            assert gate is not None
-            gate.turned(now - due)
-            due = now + TURN_EVERY_S
-            loop.call_later(TURN_EVERY_S, turned)
-
-        loop.call_later(TURN_EVERY_S, turned)
-
-    def let_in() -> None:
-        """A slice of those who wait at the gate."""
-        assert gate is not None
-        for wire, data in gate.take():
-            wire.let_in(data)
-        if gate:
-            wire.loop.call_soon(let_in)
-
-    def date_of(headers: list[tuple[bytes, bytes]]) -> bytes:
-        """uvicorn's own headers (the date; a new list every second) as header lines."""
-        nonlocal dates
-        if dates[0] is not headers:
-            dates = (headers, b"".join([b"%b: %b\r\n" % header for header in headers]))
-        return dates[1]
-
-    class Wire(HttpToolsProtocol):
-        """Between requests and while a head arrives, `_in_head` is true and bytes are counted."""
-
-        _in_head = True
-        _head_bytes = 0
-        _heads = 0
-        _watch: asyncio.TimerHandle | None = None
-        # the express lane: what will answer the request that is arriving, its headers and body; whether one is being
-        # answered; whether the connection ends with that answer; since when there has been none
-        _hot: Callable[[Headers, bytes], Any] | None = None
-        _hot_headers: Headers
-        _hot_body = b""
-        _answering = False
-        _last = False
-        _idle_since: float | None = None
-        _still = (0, True)  # (heads, in a head) as it has been since then, and since when
-        _still_since = 0.0
-        _running: RequestResponseCycle | None = None  # what ASGI answers now
-        _refused = False  # one connection too many: nothing of it is read
-        _queued = 0  # pieces that wait at the gate
-        _held_back = False  # nothing more is read from this client until its pieces have been let in
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._still_since = self.loop.time()
-            if len(self.connections) > connections_max:
-                self._crowded_out()
-                return
-            self._watch = self.loop.call_later(look_every_s, self._look)
-            if gate is not None:
-                watch(self.loop)
-
-        def _crowded_out(self) -> None:
-            """One connection too many: 503 without reading, then the end.
-
-            Our side is shut first: closing with the request unread would reset the connection, and the 503 with it.
-            """
-            self.connections.discard(self)
-            self._refused = True
-            self.transport.write(CROWDED_OUT)
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self._watch = self.loop.call_later(LINGER_S, self.transport.abort)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._watch is not None:
-                self._watch.cancel()
-            super().connection_lost(exc)
-            running = self._running
-            if running is not None and not running.response_complete:
-                # uvicorn tells the newest request only: an event stream with another sent after it would never end
-                running.disconnected = True
-                running.message_event.set()
-
-        def _look(self) -> None:
-            """Close a connection on which a head or a body has been arriving for too long, or none has ever begun.
-
-            Also one that has been idle since a hot answer; after other answers uvicorn's own timer does that. One
-            timer for all: it costs a request nothing.
-            """
-            now = self.loop.time()
-            still = (self._heads, self._in_head)
-            arriving = not self._in_head or self._head_bytes > 0 or self._heads == 0
-            if still != self._still or not arriving or self._queued or self.flow.read_paused:
-                self._still, self._still_since = still, now
-            elif now - self._still_since >= (head_within_s if self._in_head else body_within_s):
-                self.transport.close()
-                return
-            idle_since = self._idle_since
-            if idle_since is not None and now - idle_since >= keep_alive_s:
-                self.transport.close()
-                return
-            self._watch = self.loop.call_later(look_every_s, self._look)
-
-        def data_received(self, data: bytes) -> None:
-            if (gate is None or not (gate.up or self._queued) or not self._waits(data)) and not self._refused:
-                self._read(data)
-
-        def _read(self, data: bytes) -> None:
-            if self._in_head:
-                self._head_bytes += len(data)
-            super().data_received(data)
-            if self._in_head and self._head_bytes > head_max_bytes and not self.transport.is_closing():
-                self.transport.write(
-                    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-                    b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-                    % (len(TOO_LARGE), TOO_LARGE)
-                )
-                self.transport.close()
-
-        # the gate
-
-        def _waits(self, data: bytes) -> bool:
-            """Queue a piece at the gate, or turn a newcomer away; False: it is read at once."""
-            assert gate is not None
-            assert express is not None
-            if self._queued:  # its turn comes after what the same client sent before
-                if not self._held_back:
-                    self._held_back = True
-                    self.transport.pause_reading()
-            else:
-                between = self._in_head and self._head_bytes == 0 and not self._answering
-                if (
-                    not between
-                    or not (self.cycle is None or self.cycle.response_complete)
-                    or self.flow.write_paused
-                    or not express.may_wait(data)
-                ):
-                    return False
-                if gate.full and self._turn_away(data):
-                    return True
-            if not gate:
-                self.loop.call_soon(let_in)
-            gate.put((self, data))
-            self._queued += 1
-            return True
-
-        def _turn_away(self, data: bytes) -> bool:
-            """503 to one whole request, unread; False: it is not one whole request, so it has to be read."""
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                return False
-            head = data[: end + 2].lower()
-            length = 0
-            at = head.find(b"\r\ncontent-length:")
-            if at >= 0:
-                digits = head[at + 17 : head.index(b"\r", at + 2)].strip()
-                if not digits.isdigit() or len(digits) > 9:
-                    return False
-                length = int(digits)
-            if end + 4 + length != len(data) or b"\r\ntransfer-encoding:" in head:
-                return False
-            assert gate is not None
-            assert express is not None
-            gate.turned_away += 1
-            self._heads += 1
-            self.server_state.total_requests += 1
-            self._unset_keepalive_if_required()
-            self._idle_since = self.loop.time()
-            self.transport.write(express.turned_away(head, date_of(self.server_state.default_headers)))
-            if b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head:
-                self.transport.close()
-            return True
-
-        def let_in(self, data: bytes) -> None:
-            """Read a piece whose turn has come."""
-            self._queued -= 1
-            if self.transport.is_closing():
-                return  # the client has gone
-            self._read(data)
-            if self._held_back and not self._queued:
-                self._held_back = False
-                if not self.flow.read_paused and not self.transport.is_closing():
-                    self.transport.resume_reading()
-
-        # what the parser calls, in this order
-
-        def on_message_begin(self) -> None:
-            self.url = b""
-            self.headers = []
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self.headers.append((name.lower(), value))
-
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            self._heads += 1
-            self._idle_since = None
-            if self._head_bytes > head_max_bytes:  # the count may hold body bytes: look exactly
-                size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-                if size > head_max_bytes:
-                    self.app = _head_too_large
-                    self._by_asgi()
-                    return
-            if express is not None and not self._answering:
-                hot = express.finds(self.parser.get_method(), self.url)
-                if hot is not None and self._is_plain():
-                    self._hot = hot
-                    self._hot_body = b""
-                    return
-            self._by_asgi()
-
-        def _is_plain(self) -> bool:
-            """Whether the request is as ordinary as the lane wants it, and its turn has come."""
-            self._hot_headers = headers = dict(self.headers)
-            length = headers.get(b"content-length")
-            return (
-                _NOT_HOT.isdisjoint(headers)
-                and (length is None or (len(length) < 10 and int(length) <= body_max_bytes))
-                and (self.cycle is None or self.cycle.response_complete)
-                and not self.flow.write_paused
-                and self.parser.get_http_version() == "1.1"
-            )
-
-        def _by_asgi(self) -> None:
-            """Do what uvicorn does at the begin of a message, now that it is known to be needed."""
-            if len(self.pipeline) >= PIPELINE_MAX:
-                self.transport.abort()
-                return
-            url, headers = self.url, self.headers
-            super().on_message_begin()
-            self.url = url
-            self.headers.extend(headers)
-            self.expect_100_continue = any(
-                name == b"expect" and value.lower() == b"100-continue" for name, value in headers
-            )
-            super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            if self._hot is None:
-                super().on_body(body)
-            else:
-                self._hot_body += body
-
-        def on_message_complete(self) -> None:
-            hot = self._hot
-            if hot is None:
-                super().on_message_complete()
-            else:
-                self._hot = None
-                self._answering = True
-                assert express is not None
-                date = date_of(self.server_state.default_headers)
-                express.answer(hot, self._hot_headers, self._hot_body, date, self._reply)
-            self._in_head = True
-            self._head_bytes = 0
-
-        # what follows a hot request
-
-        def _reply(self, response: bytes) -> None:
-            self._answering = False
-            self.server_state.total_requests += 1
-            if self.transport.is_closing():
-                return  # the client has gone
-            if self._last:
-                self.transport.write(response.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
-                self.transport.close()
-                return
-            self.transport.write(response)
-            if self.pipeline:
-                self.flow.resume_reading()
-                cycle, app = self.pipeline.pop()
-                self._start_asgi_task(cycle, app)
-            else:
-                self._idle_since = self.loop.time()
-
-        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-            if self._answering:  # a second request came before the hot one was answered
-                self.flow.pause_reading()
-                self.pipeline.appendleft((cycle, app))
-            else:
-                self._running = cycle
-                super()._start_asgi_task(cycle, app)
-
-        def shutdown(self) -> None:
-            if self._answering or self._hot is not None:
-                self._last = True
-            else:
-                super().shutdown()
-
-    return Wire
+    return type("Wire", (Wire,), {"lane": Lane(settings, express)})

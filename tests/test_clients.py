@@ -41,6 +41,9 @@ class Shop:
     def may_wait(self, data: bytes) -> bool:
         return b" /hot " in data[:20]
 
+    def is_shut(self, _data: bytes) -> bool:
+        return False
+
     def turned_away(self, _head: bytes, date: bytes) -> bytes:
         self.away += 1
         return b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n%b\r\n" % date

@@ -29,6 +29,9 @@ class Shop:
     def finds(self, method: bytes, target: bytes) -> Any:
         return (lambda _headers, body: (target, body)) if target.startswith(b"/hot") else None
 
+    def is_shut(self, _data: bytes) -> bool:
+        return False
+
     def answer(
         self, hot: Any, headers: Any, body: bytes, date: bytes, reply: Callable[[bytes], None]
     ) -> None:

@@ -151,6 +151,10 @@ class HotRoutes:
     def may_wait(self, data: bytes) -> bool:
         return data.startswith((b"POST /v1/sales/", b"GET /v1/tickets/"))
 
+    def is_shut(self, data: bytes) -> bool:
+        claims = self.door.claims
+        return claims.crowded_until > 0 and claims.crowded and data.startswith(b"POST /v1/sales/")
+
     def turned_away(self, head: bytes, date: bytes) -> bytes:
         """503 `busy` without a look at who asks; its `request_id` is new, and CORS as for any answer."""
         self.door.counts["refused", "busy"] += 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import redis.asyncio as redis_async
 
-from tests.front.conftest import ORIGIN, Front, Shop, until
+from tests.front.conftest import ORIGIN, Front, Open, Shop, until
 
 Seen = Callable[..., Awaitable[Any]]
 
@@ -78,3 +78,26 @@ async def test_newcomers_do_not_wait_for_a_redis_that_keeps_others_waiting(
     await redis.execute_command("CLIENT", "UNPAUSE")
     assert [(await task).status_code for task in under_way] == [202] * (calls + 1)
     assert (await front.join("x", "newcomer")).status_code == 202
+
+
+async def test_while_redis_keeps_joins_waiting_further_joins_are_not_even_read(
+    open_door: Open, shop: Shop
+) -> None:
+    front = await open_door(overload_wait_max_ms=25)
+    await shop.publish("x", units=5)
+    await until(lambda: front.app.door.snapshots.get("x"))
+    ticket = (await front.join("x", "ann")).json()["ticket"]
+    claims, counts = front.app.door.claims, front.app.door.counts
+    assert not claims.crowded
+    claims.crowded_until = (
+        time.perf_counter() + 60
+    )  # as after a join that was refused for the queue before it
+    before = counts["join", "claimed"]
+    refused = await front.join("x", "bob")
+    assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+    assert 1 <= int(refused.headers["retry-after"]) <= 4
+    assert (await front.poll(ticket, "ann")).status_code == 200  # nobody else is held up
+    assert (await front.http.get("/v1/sales/x/board")).status_code == 200
+    assert counts["join", "claimed"] == before
+    claims.crowded_until = 0.0
+    assert (await front.join("x", "bob")).status_code == 202
