@@ -435,3 +435,37 @@ async def test_the_command_reports_what_it_did_and_why_it_did_not(
     status, told = await command("nope")
     assert (status, told["rebuilt"]) == (1, False)
     assert told["why"].startswith("nope is no sale")
+
+
+async def test_late_money_that_took_its_unit_again_just_before_the_rebuild_goes_back(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(1)
+    await shop.claim("ann")
+    await shop.confirm()
+    (ann,) = await shop.orders()
+    async with shop.engine.begin() as conn:
+        await orders.cancel(conn, ann["order_no"], "operator")
+    await shop.relay()
+    real = shop.scripts.units_retake
+
+    async def taken(**given: Any) -> Any:
+        answer = await real(**given)
+        await anew(shop)  # counts the unit as free: Postgres does not know yet that it is ann's again
+        return answer
+
+    monkeypatch.setattr(shop.scripts, "units_retake", taken)
+    said: list[str] = []
+
+    async def kept(_: Any) -> None:
+        said.append("kept")
+
+    async def refused(_: Any) -> None:
+        said.append("refused")
+
+    assert await shop.releaser.settle_late(ann["order_no"], kept=kept, refused=refused) == "refused"
+    assert said == ["refused"]
+    await shop.claim("bob")
+    await shop.confirm()
+    await shop.relay()
+    await shop.conserved()

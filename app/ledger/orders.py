@@ -391,9 +391,9 @@ async def revive(conn: AsyncConnection, number: str) -> Row | None:
 
 
 async def is_current(conn: AsyncConnection, row: Mapping[str, Any]) -> bool:
-    """Whether the item is still in the epoch of this order, which stays so until the transaction ends."""
+    """Whether the item is in the epoch of this order. It stays so if this transaction has changed the item before."""
     found = await conn.execute(
-        text("SELECT 1 FROM item WHERE sale = :sale AND sku = :sku AND epoch = :epoch FOR UPDATE"),
+        text("SELECT 1 FROM item WHERE sale = :sale AND sku = :sku AND epoch = :epoch"),
         {"sale": row["sale"], "sku": row["sku"], "epoch": row["epoch"]},
     )
     return found.first() is not None

@@ -2,8 +2,8 @@
 
 An attempt is leased, its supplier is called, and what it said is stored if the lease still holds. Before the first
 call `sent_at` is on record, so a worker that dies in the middle leaves an attempt that is asked about before it is sent
-again, with the attempt's id as idempotency key each time. What an answer leads to is paying/attempt.py; evidence of money and
-what it pays for is evidence.py beside it; call-backs are hook.py, refunds refund.py.
+again, with the attempt's id as idempotency key each time. Its parts are in paying/: what an answer leads to is
+attempt.py; evidence of money and what it pays for is evidence.py; call-backs are hook.py, refunds refund.py.
 
 Which supplier an attempt goes to is its channel's route (app/providers/routes.py): the first whose breaker is not open.
 What has certainly not happened there goes to the next one (failover.py); what may have happened never does, until it is

@@ -322,8 +322,10 @@ class Releaser:
         order = facts.orders.get(row["order_no"])
         if order is None:
             byte, version, status = payload["byte"], payload["version"], payload["status"]
-        elif order["state"] in ("expired", "cancelled") or row["order_no"] in facts.releases:
-            return "done"  # the release tells it; a mark of the same byte before it would swallow the units
+        elif row["order_no"] in facts.releases:
+            # A mark of the same byte before the release would swallow the units. Afterwards it is needed: the release
+            # may tell the row as it was before whatever this mark is for (a text for the ticket of an ended order).
+            return "later"
         else:
             byte, version = orders.byte_of(order), order["version"]
             status = facts.status(order)
@@ -424,6 +426,10 @@ def _held(row: Mapping[str, Any]) -> tuple[int, int]:
     return row["id"], row["generation"]
 
 
+class _Rebuilt(Exception):
+    """The epoch in which Redis gave these units is over, and the new one counts them as free: roll back."""
+
+
 async def settle_late(
     engine: AsyncEngine, scripts: Scripts, order_no: str, *, kept: Decide, refused: Decide
 ) -> Literal["kept", "refused", "later"]:
@@ -505,17 +511,18 @@ async def _own_again(
     try:
         async with engine.begin() as conn:
             row = await orders.lock(conn, order_no)
-            here = row is not None and await orders.is_current(
-                conn, row
-            )  # else a rebuild counted its units as free
-            if here and row is not None and row["state"] in ("expired", "cancelled"):
+            if row is not None and row["state"] in ("expired", "cancelled"):
                 await orders.revive(conn, order_no)
+                if not await orders.is_current(conn, row):
+                    raise _Rebuilt
                 await kept(conn)
                 return "kept"
             await refused(conn)  # another capture was faster; guarded by the capture's own state
             return "refused"
     except IntegrityError as error:
         _log.info("late money meets a live order, it goes back", order_no=order_no, why=str(error.orig))
+    except _Rebuilt:
+        _log.info("late money meets a rebuild, it goes back", order_no=order_no)
     async with engine.begin() as conn:
         await orders.lock(conn, order_no)
         await orders.release_again(conn, order_no)

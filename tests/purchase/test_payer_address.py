@@ -65,7 +65,9 @@ async def test_a_channel_that_needs_no_address_keeps_none(stage: tuple[Case, Mon
     assert not till.providers.wants_address("wechat-native") and till.providers.wants_address("wechat-h5")
 
 
-@pytest.mark.parametrize("address", [_sealed("bob"), "no base64", "x" * 10_000])
+@pytest.mark.parametrize(
+    "address", [_sealed("bob"), "no base64", "x" * 10_000], ids=["somebody else's", "no base64", "too long"]
+)
 async def test_an_address_of_somebody_else_or_none_at_all_is_refused_and_forgotten(
     stage: tuple[Case, Money], address: str
 ) -> None:

@@ -327,6 +327,47 @@ async def test_a_mark_never_overtakes_the_release_of_the_same_order(shop: Shop) 
     assert await shop.byte(row["seq"]) == b"k"
 
 
+async def test_what_changes_after_the_release_is_told_too(shop: Shop) -> None:
+    """As a text for the ticket of an expired order, which no channel took."""
+    (row,) = await reserve(shop, "ann")
+    number = row["order_no"]
+    await overdue(shop)
+    await shop.releaser.expire()
+    await shop.relay()
+    async with shop.engine.begin() as conn:
+        assert await orders.bump(conn, number) is not None
+    await shop.relay()
+    (row,) = await shop.orders()
+    told = await shop.told(row["seq"])
+    assert told is not None
+    assert (told[0], told[1]) == (row["version"], b"e")
+    await shop.conserved()
+
+
+async def test_what_changes_while_the_release_is_under_way_is_told_after_it(shop: Shop) -> None:
+    (row,) = await reserve(shop, "ann")
+    number = row["order_no"]
+    await overdue(shop)
+    await shop.releaser.expire()
+    async with shop.engine.begin() as conn:  # another worker holds the release, with the row as it was
+        (release,) = await outbox.lease(conn, 10, 30.0)
+        facts = await shop.releaser._facts(conn, [release])
+    async with shop.engine.begin() as conn:
+        await orders.bump(conn, number)
+    await shop.releaser.relay()  # the mark comes first, and waits
+    assert await shop.releaser._apply(release, facts) == "done"
+    async with shop.engine.begin() as conn:
+        assert await outbox.close(conn, [(release["id"], release["generation"])], "done") == 1
+    await shop.sql("UPDATE outbox SET leased_until = NULL")
+    await shop.relay()
+    (row,) = await shop.orders()
+    told = await shop.told(row["seq"])
+    assert told is not None
+    assert (told[0], told[1]) == (row["version"], b"e")
+    assert await shop.left() == 5
+    await shop.conserved()
+
+
 async def test_a_refund_with_restock_gives_the_unit_back_and_one_without_does_not(shop: Shop) -> None:
     first, second = await reserve(shop, "ann", "bob")
     async with shop.engine.begin() as conn:

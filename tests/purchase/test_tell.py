@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -271,12 +272,13 @@ async def test_a_sick_channel_is_left_when_its_breaker_trips_and_found_again_by_
     async with sandbox() as second:
         also = {"sms_also": "sandbox-2", "sandbox_2_url": second.url}
         async with money(shop, redis_url, database_url, **also, **limits) as till:
-            await till.publish(units=200)
-            buyers = iter(range(200))
+            await till.publish(units=2_000)
+            buyers = itertools.count()
             quick = Rules(calls_min=2, open_ms=3_000, open_max_ms=3_000, probes_max=1)
             till.providers.sms["sandbox-sms"].guard = Guard("sandbox-sms", "sms", GuardRules(breaker=quick))
 
             async def arrive(at: Shop) -> bool:
+                await asyncio.sleep(0.05)  # not a wait: some texts a second, until one arrives there
                 await due(till, buyer=f"b{next(buyers)}")
                 return bool(await at.texts())
 
