@@ -21,6 +21,7 @@ from app.desk.shapes import (
     Cursor,
     Limit,
     Page,
+    PublishedOut,
     SaleOut,
     SalePath,
     SaleState,
@@ -262,7 +263,7 @@ async def delete(sale: SalePath, edit: OperatorEdits, if_match: IfMatch = None) 
 
 @router.post(
     ADMIN + "/{sale}/publish",
-    response_model=SaleOut,
+    response_model=PublishedOut,
     responses={**WRITE, **LATER, **refusals("invalid", "unknown_channel")},
     summary="Publish a draft: commit to the draw's seed, go live on every front door",
 )

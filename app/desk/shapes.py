@@ -95,9 +95,12 @@ class SaleOut(Out):
     sold_out_at: When | None
     closed_at: When | None
     settled_at: When | None
-    routes: dict[str, list[Share]] | None = Field(
-        None, description="in the answer of publish: the suppliers of each channel, in order"
-    )
+
+
+class PublishedOut(SaleOut):
+    """The answer of publish, also of a dry run."""
+
+    routes: dict[str, list[Share]] = Field(description="the suppliers of each channel, in order")
 
 
 def sale_out(sale: Sale, seed_hash: str | None) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def test_the_method_takes_the_arguments_of_the_header(name: str) -> None:
         "group",
         "sale_id",
         "sku",
+        "numbers",
+        "r",
     }  # by the binding, from other arguments
     plain = {arg for arg in script.args if not arg.endswith("...")} - made_here
     renamed = {"sale_publish": {"epoch"}, "sale_rebuild": {"epoch"}}.get(

@@ -44,7 +44,8 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
         sale="x", epoch=stage.epoch, old_home=stage.link.run_id, new_home="n", pulse_at_least=0
     ),
 }
-NOT_FENCED = {"sale_publish", "rate_take", "sms_take"}  # no sale yet; no sale at all
+# no sale yet; what shuts it and opens it again; no sale at all
+NOT_FENCED = {"sale_publish", "sale_fence", "sale_rebuild", "rate_take", "sms_take", "breaker"}
 
 
 async def scene(stage: Stage) -> Stage:

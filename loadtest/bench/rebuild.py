@@ -1,6 +1,6 @@
 """How long a sale is shut when its Redis is gone: rebuilt from Postgres with so many live orders, and timed.
 
-    python -m loadtest.rebuild --units 1000000 --live 100000
+    python -m loadtest.bench.rebuild --units 1000000 --live 100000
 
 Stores of its own, nothing else running. A third of the live orders is paid, each has a line and a payment attempt; as
 many again have ended. Exit status 1: a ticket is missing afterwards, or the books do not agree.
