@@ -80,6 +80,11 @@ def _head(status: int, headers: tuple[Header, ...]) -> bytes:
     return b"HTTP/1.1 %d %b\r\n%b" % (status, HTTPStatus(status).phrase.encode(), lines)
 
 
+def _problem(refusal: Refusal, request_id: bytes) -> Answer:
+    """A refusal as an answer; the request id is in its body too, so it is chosen before."""
+    return Answer(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
+
+
 class HotRoutes:
     """The outermost ASGI application of the front door, and its express lane.
 
@@ -168,7 +173,7 @@ class HotRoutes:
         )
         request_id = new_request_id()
         headers[b"x-request-id"] = request_id
-        answer = Answer(503, tuple(headers_of(refusal)), body_of(refusal, request_id))
+        answer = _problem(refusal, request_id)
         return self._response(answer, headers, date)
 
     def answer(
@@ -230,7 +235,7 @@ class HotRoutes:
         refusal = self._told(error)
         request_id = request_id_of(headers)
         given = {**headers, b"x-request-id": request_id}
-        answer = Answer(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
+        answer = _problem(refusal, request_id)
         return self._response(answer, given, date)
 
     def _told(self, error: Exception) -> Refusal:
@@ -267,7 +272,7 @@ class HotRoutes:
             refusal = self._told(error)
             request_id = request_id_of(headers)
             headers[b"x-request-id"] = request_id
-            answer = Answer(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
+            answer = _problem(refusal, request_id)
         await self._send(send, headers, answer)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
