@@ -52,6 +52,15 @@ async def bring_back(shop: Shop, kept: list[tuple[bytes, bytes]]) -> None:
         assert reply == b"OK", reply
 
 
+def note(said: list[str], word: str) -> Callable[[Any], Awaitable[None]]:
+    """A decision about late money that is only written down."""
+
+    async def noted(_: Any) -> None:
+        said.append(word)
+
+    return noted
+
+
 async def told_as_it_is(shop: Shop) -> None:
     """Every live order is what its ticket in Redis says, by byte and by status; nobody else holds a live ticket."""
     rows = await shop.orders()
@@ -253,14 +262,10 @@ async def test_late_money_of_the_epoch_before_is_refused_not_given_a_unit_twice(
     await anew(shop)
     said: list[str] = []
 
-    def note(word: str) -> Callable[[Any], Awaitable[None]]:
-        async def noted(_: Any) -> None:
-            said.append(word)
-
-        return noted
-
     assert (
-        await shop.releaser.settle_late(ann["order_no"], kept=note("kept"), refused=note("refused"))
+        await shop.releaser.settle_late(
+            ann["order_no"], kept=note(said, "kept"), refused=note(said, "refused")
+        )
         == "refused"
     )
     assert said == ["refused"]
@@ -457,13 +462,12 @@ async def test_late_money_that_took_its_unit_again_just_before_the_rebuild_goes_
     monkeypatch.setattr(shop.scripts, "units_retake", taken)
     said: list[str] = []
 
-    async def kept(_: Any) -> None:
-        said.append("kept")
-
-    async def refused(_: Any) -> None:
-        said.append("refused")
-
-    assert await shop.releaser.settle_late(ann["order_no"], kept=kept, refused=refused) == "refused"
+    assert (
+        await shop.releaser.settle_late(
+            ann["order_no"], kept=note(said, "kept"), refused=note(said, "refused")
+        )
+        == "refused"
+    )
     assert said == ["refused"]
     await shop.claim("bob")
     await shop.confirm()
