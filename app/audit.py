@@ -43,7 +43,7 @@ from app.keys import SaleKeys
 from app.ledger import books, journal, orders, sales
 from app.ledger.books import ItemBooks
 from app.ledger.sales import Sale
-from app.scripts import Link
+from app.link import Link
 
 TRIES = 5  # readings until two in a row find Postgres unmoved
 TRY_EVERY_S = 0.05

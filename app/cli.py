@@ -337,7 +337,8 @@ def rebuild(
 
     from app import rebuild as rebuilding
     from app.errors import DidNotHappen, Unknown
-    from app.scripts import Link, Scripts
+    from app.link import Link
+    from app.scripts import Scripts
 
     settings = _with_pii_keys(_with_stores(_settings(data_dir=data_dir), "database", "redis"))
     _logging(settings, "rebuild")  # to standard error: standard output is the report's

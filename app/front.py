@@ -16,12 +16,13 @@ from app.door.counts import Counts
 from app.door.hot import HotRoutes
 from app.errors import CannotStart
 from app.identity import Identity
+from app.link import Link
 from app.purchase.accept import Door
 from app.purchase.track import Streams, Tracker
 from app.resources import release
 from app.sale.public import PublicDocuments
 from app.sale.snapshot import Snapshots
-from app.scripts import Link, Scripts
+from app.scripts import Scripts
 from app.sealing import sealing_keys
 from app.settings import Settings
 from app.telemetry import Metrics

@@ -20,13 +20,14 @@ from app.desk.wiring import Desk
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.ledger import idempotency, operators
 from app.ledger.engine import create_engine, passes
+from app.link import Link
 from app.problems import refuse
 from app.providers import published
 from app.providers.registry import open_providers
 from app.providers.routes import run as follow_routes
 from app.resources import release
 from app.sale import publish
-from app.scripts import Link, Scripts
+from app.scripts import Scripts
 from app.sealing import sealing_keys
 from app.settings import Settings
 from app.telemetry import Metrics

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.scripts import Link
+from app.link import Link
 
 ENTRIES_A_CALL = 500
 BYTES_A_CALL = 65_536

@@ -27,16 +27,24 @@ from prometheus_client import Counter as Count
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.answers import (
+    Already,
+    Fenced,
+    Gone,
+    Other,
+    Rebuilt,
+)
 from app.errors import DidNotHappen
 from app.keys import SaleKeys
 from app.ledger import journal, orders, payments, rebuilding, sales, sms
 from app.ledger.engine import alone, create_engine, sqlstate_of
 from app.ledger.rebuilding import NewEpoch
 from app.ledger.sales import Sale
+from app.link import Link
 from app.purchase.confirm import Confirmer
 from app.purchase.told import status_json
 from app.sale.publish import announce, publish_fields
-from app.scripts import Already, Fenced, Gone, Link, Other, Rebuilt, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 from app.texts import still_true
 

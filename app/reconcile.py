@@ -19,15 +19,24 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import keys, reading
 from app.alarm import alert
+from app.answers import (
+    Armed,
+    Behind,
+    Gone,
+    NotHome,
+    Old,
+    Pulsed,
+)
 from app.errors import DidNotHappen
 from app.keys import SaleKeys
 from app.ledger import course
 from app.ledger.course import Home
 from app.ledger.engine import alone
 from app.ledger.rebuilding import REBUILDING
+from app.link import Link
 from app.purchase.admit import Admitter
 from app.rebuild import NotNow, rebuild
-from app.scripts import Armed, Behind, Gone, Link, NotHome, Old, Pulsed, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 
 BACKLOG_READ_MAX = 200_000  # claims in flight that are looked at: twice the default cap

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+_PART = re.compile(r"^--@ part (\w+)$", re.MULTILINE)
 
 
 @cache
@@ -21,6 +23,19 @@ def _folder(in_wheel: str, in_checkout: str) -> Path:
 def lua_dir() -> Path:
     """The folder of the Redis scripts, one operation a file."""
     return _folder("_lua", "lua")
+
+
+@cache
+def scripts() -> dict[str, str]:
+    """Every Redis script as the server gets it, by name: `--@ part NAME` is replaced by lua/parts/NAME.lua."""
+    folder = lua_dir()
+
+    def part(found: re.Match[str]) -> str:
+        return (folder / "parts" / f"{found[1]}.lua").read_text(encoding="utf-8").rstrip("\n")
+
+    return {
+        file.stem: _PART.sub(part, file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.lua"))
+    }
 
 
 def migrations_dir() -> Path:

@@ -36,6 +36,7 @@ from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
 from app.ledger import events
+from app.link import Link
 from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
@@ -46,7 +47,7 @@ from app.purchase.degrade.extend import Extender
 from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler
-from app.scripts import Link, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 from app.shop import push
 from app.telemetry import Metrics

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from app import reading
-from app.scripts import Link
+from app.link import Link
 
 pytestmark = pytest.mark.any_keys
 

@@ -14,10 +14,16 @@ from typing import Any
 import pytest
 
 from app import rebuild as rebuilding
+from app.answers import (
+    Claimed,
+    Gone,
+    Has,
+    Old,
+    Waits,
+)
 from app.ledger import confirming, orders
 from app.rebuild import NotNow, Report, rebuild
 from app.sale.snapshot import ItemView
-from app.scripts import Claimed, Gone, Has, Old, Waits
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from app.answers import Old, Pulsed
 from app.embedded import Valkey
 from app.ledger import orders
 from app.reconcile import ItemBooks, compare
-from app.scripts import Old, Pulsed
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
 

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import worker as worker_module
+from app.answers import Busy
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
 from app.ledger import confirming
@@ -27,7 +28,6 @@ from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer
 from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.reconcile import Reconciler
-from app.scripts import Busy
 from app.worker import Health, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Path, Response
 from pydantic import Field
 
 from app import keys
+from app.answers import Gone, Stands
 from app.breaker import Counts, Mode, State
 from app.desk.auth import Viewer
 from app.desk.change import Answer, Body, Change, OperatorPosts
@@ -34,7 +35,6 @@ from app.problems import JsonRoute, refusals, refuse
 from app.providers.guard import rates
 from app.providers.registry import guard_rules
 from app.providers.shared_breaker import rules_text
-from app.scripts import Gone, Stands
 
 router = APIRouter(tags=["providers"], route_class=JsonRoute)
 PROVIDERS = "/v1/admin/providers"

@@ -18,7 +18,8 @@ from app.settings import Settings
 from app.tokens import Keyring
 
 if TYPE_CHECKING:
-    from app.scripts import Link, Scripts
+    from app.link import Link
+    from app.scripts import Scripts
 
 
 class Turns:

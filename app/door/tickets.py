@@ -11,6 +11,15 @@ from urllib.parse import urlsplit
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from app.answers import (
+    AlreadyAsked,
+    Asked,
+    Gone,
+    Left,
+    Not,
+    NotWaiting,
+    Old,
+)
 from app.door.address import address_of, networks
 from app.door.respond import door_of, headers_of, respond
 from app.door.shapes import NothingToWaitFor, PayIn, TicketOut
@@ -19,7 +28,6 @@ from app.problems import JsonRoute, refusals, refuse, request_id_of
 from app.purchase.accept import Answer, Door, JoinIn, settled
 from app.purchase.track import Seen, Streams, Told, Watch, stale
 from app.sale.snapshot import ItemView, SaleView
-from app.scripts import AlreadyAsked, Asked, Gone, Left, Not, NotWaiting, Old
 from app.sealing import SealingKey, address_aad, seal
 from app.tokens import Ticket
 

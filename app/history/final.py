@@ -19,6 +19,7 @@ from app.keys import GROUP, SaleKeys
 from app.ledger import books
 from app.ledger import engine as engines
 from app.ledger.whole import whole
+from app.link import Link
 from app.providers.sandbox_ledger import Ledger
 from app.record import (
     Attempt,
@@ -34,7 +35,6 @@ from app.record import (
     Stream,
     Ticket,
 )
-from app.scripts import Link
 from app.settings import Settings
 
 LOOK_EVERY_S = 0.2

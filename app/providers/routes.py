@@ -24,7 +24,7 @@ import structlog
 
 from app import keys
 from app.errors import CannotStart, FairdropError
-from app.scripts import Link
+from app.link import Link
 
 T = TypeVar("T")
 log = structlog.get_logger()

@@ -30,9 +30,10 @@ import msgspec
 import structlog
 
 from app import keys
+from app.answers import Gone, Stands
 from app.breaker import Breaker, Counts, Event, Mode, Permit, Result, Rules, State, Stop, monotonic_ms
 from app.errors import FairdropError
-from app.scripts import Gone, Scripts, Stands
+from app.scripts import Scripts
 
 log = structlog.get_logger()
 

@@ -18,27 +18,27 @@ from typing import Any, NamedTuple, assert_never
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.errors import Refusal
-from app.identity import Caller, Identity, KeysNeeded, missing
-from app.problems import body_refusal, is_json, refuse
-from app.purchase.claim import Claims, Wish
-from app.purchase.track import Streams, Tracker, stale
-from app.sale.public import Document, PublicDocuments, at
-from app.sale.snapshot import ItemView, SaleView, Snapshots
-from app.scripts import (
+from app.answers import (
     Claimed,
     Conflict,
     Gone,
     Has,
     JoinAnswer,
-    Link,
     Old,
-    Scripts,
     Taken,
     Turned,
     Wait,
     Waits,
 )
+from app.errors import Refusal
+from app.identity import Caller, Identity, KeysNeeded, missing
+from app.link import Link
+from app.problems import body_refusal, is_json, refuse
+from app.purchase.claim import Claims, Wish
+from app.purchase.track import Streams, Tracker, stale
+from app.sale.public import Document, PublicDocuments, at
+from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.scripts import Scripts
 from app.settings import Settings
 from app.tokens import Keyring, Ticket
 

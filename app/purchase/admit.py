@@ -20,11 +20,19 @@ from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app import keys
+from app.answers import (
+    Busy,
+    Closed,
+    Gone,
+    Old,
+    Served,
+)
 from app.keys import SaleKeys
 from app.ledger import course, events, outbox, sales
 from app.ledger.engine import alone
+from app.link import Link
 from app.sale import publish
-from app.scripts import Busy, Closed, Gone, Link, Old, Scripts, Served
+from app.scripts import Scripts
 from app.settings import Settings
 
 TURN_S = 0.2  # s of call after call for one line; then the sales are looked at again (pauses are seen by the script)

@@ -10,11 +10,17 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
+from app.answers import (
+    Gone,
+    JoinAnswer,
+    Joined,
+    Old,
+)
 from app.batcher import Batcher, Full
 from app.errors import Refusal
 from app.problems import refuse
 from app.sale.snapshot import ItemView, SaleView, Snapshots
-from app.scripts import Gone, JoinAnswer, Joined, Old, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 
 T = TypeVar("T")

@@ -30,14 +30,16 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
+from app.answers import Gone, MarkedEach, Old
 from app.contacts import index_of
 from app.errors import DidNotHappen
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, orders, payments
 from app.ledger.confirming import NewOrder, Terms
 from app.ledger.engine import passes, sqlstate_of
+from app.link import Link
 from app.purchase.told import refused_json, status_json
-from app.scripts import Gone, Link, MarkedEach, Old, Scripts
+from app.scripts import Scripts
 from app.sealing import sealing_keys
 from app.settings import Settings
 

@@ -20,22 +20,22 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
+from app.answers import (
+    AlreadyByte,
+    ClosedForGood,
+    Gone,
+    Old,
+    Refused,
+    Short,
+    Taken,
+)
 from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, course, orders, outbox, payments, sms
 from app.ledger.engine import alone
+from app.link import Link
 from app.purchase.told import status_json
-from app.scripts import (
-    AlreadyByte,
-    ClosedForGood,
-    Gone,
-    Link,
-    Old,
-    Refused,
-    Scripts,
-    Short,
-    Taken,
-)
+from app.scripts import Scripts
 from app.settings import Settings
 from app.texts import still_true
 

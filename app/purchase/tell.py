@@ -21,6 +21,7 @@ from prometheus_client import Counter
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.answers import Wait
 from app.errors import DidNotHappen, Unknown
 from app.ledger import orders, sms
 from app.ledger.engine import alone
@@ -29,7 +30,7 @@ from app.providers.payment import HookForged
 from app.providers.registry import Providers
 from app.providers.sms import ReportsStatus, Sent, Text
 from app.purchase.leased import backoff_s, work_off
-from app.scripts import Scripts, Wait
+from app.scripts import Scripts
 from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
 from app.settings import Settings
 from app.texts import KINDS, Kind, language_of, render, values

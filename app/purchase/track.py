@@ -18,10 +18,10 @@ import msgspec
 from app.batcher import Batcher, Full
 from app.errors import DidNotHappen, FairdropError, Refusal
 from app.keys import SaleKeys
+from app.link import Link
 from app.problems import refuse
 from app.purchase.degrade.notices import of_ticket
 from app.sale.snapshot import ItemView, SaleView, Snapshots
-from app.scripts import Link
 from app.settings import Settings
 from app.states import STATE_OF, TicketState
 from app.tokens import Keyring, Ticket, ticket_id

@@ -18,26 +18,26 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app import keys
 from app.alarm import alert
-from app.errors import DidNotHappen, Unknown
-from app.ledger import journal, outbox, sales
-from app.ledger.sales import Intent, Sale
-from app.sale.document import ItemTerms, Terms, format_time, to_ms
-from app.scripts import (
+from app.answers import (
     Added,
     Already,
     AlreadyUnits,
     ClosedForGood,
     Gone,
     Leftover,
-    Link,
     Old,
     Other,
     Published,
-    Scripts,
     Short,
     Stale,
     Switched,
 )
+from app.errors import DidNotHappen, Unknown
+from app.ledger import journal, outbox, sales
+from app.ledger.sales import Intent, Sale
+from app.link import Link
+from app.sale.document import ItemTerms, Terms, format_time, to_ms
+from app.scripts import Scripts
 from app.settings import Settings
 
 BURST_S = 0.5  # s of the admission rate that a gap between two ticks may save up; more would be a rush

@@ -27,13 +27,15 @@ import asyncpg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.answers import Claimed, Joined
 from app.embedded import Postgres, Valkey, make_folder
 from app.keys import GROUP, SaleKeys
 from app.ledger import events, migrate
 from app.ledger.engine import create_engine
 from app.ledger.orders import order_no
+from app.link import Link
 from app.purchase.confirm import Confirmer, Entry, parse
-from app.scripts import Claimed, Joined, Link, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 from loadtest.bench.machine import cpu_s, family
 from loadtest.bench.results import Found, Plan, Sheet, at_least, spread

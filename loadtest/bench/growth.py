@@ -12,8 +12,9 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from app.answers import Joined, Waits
 from app.keys import SaleKeys
-from app.scripts import LINE_ADVANCE, LINE_JOIN, SALE_SWITCH, Joined, Waits
+from app.scripts import LINE_ADVANCE, LINE_JOIN, SALE_SWITCH
 from loadtest.bench.door import JOINS_PER_S_MAX, known, polls_of
 from loadtest.bench.machine import resident_bytes
 from loadtest.bench.requests import SKU, Joins, Repeated, tickets

@@ -22,9 +22,10 @@ from app.embedded import Postgres, Valkey, make_folder
 from app.keys import SaleKeys
 from app.ledger import migrate
 from app.ledger.engine import create_engine
+from app.link import Link
 from app.rebuild import rebuild
 from app.reconcile import compare
-from app.scripts import Link, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 
 SALE = "lost"

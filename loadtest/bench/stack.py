@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from app import keys
+from app.answers import Published
 from app.draw import seed_hash
 from app.embedded import Valkey, free_port, make_folder
 from app.keys import SaleKeys
-from app.scripts import Link, Published, Scripts
+from app.link import Link
+from app.scripts import Scripts
 from app.tokens import Keyring
 from loadtest.bench.machine import Pinning, cores, family, on_cores, pin
 from loadtest.bench.requests import SKU, Joins

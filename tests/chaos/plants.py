@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import scripts
+from app import resources
 from app.desk import hooks
 from app.errors import DidNotHappen, Unknown
 from app.ledger import confirming, orders
@@ -30,22 +30,14 @@ from app.scripts import Script, Scripts
 
 def lua(names: Sequence[str], *swaps: tuple[str, str]) -> None:
     """Other text in these scripts, parts included. AssertionError: the text to be replaced is not there any more."""
-    real = scripts.script_text
-
-    def changed(name: str) -> str:
-        text = real(name)
-        if name in names:
-            found = [swap for swap in swaps if swap[0] in text]
-            assert found, f"{name}.lua has changed: {swaps[0][0]!r} is not in it"
-            for old, new in found:
-                text = text.replace(old, new)
-        return text
-
-    scripts.script_text = changed
-    scripts._text.cache_clear()
-    scripts._sha.cache_clear()
+    texts = resources.scripts()
     for name in names:
-        assert name in Script.registry
+        text = texts[name]
+        found = [swap for swap in swaps if swap[0] in text]
+        assert found, f"{name}.lua has changed: {swaps[0][0]!r} is not in it"
+        for old, new in found:
+            text = text.replace(old, new)
+        texts[name] = text
 
 
 def client_retries() -> None:
@@ -179,7 +171,7 @@ def no_epoch_check() -> None:
 
 
 def _source(name: str) -> str:
-    return (scripts.lua_dir() / f"{name}.lua").read_text(encoding="utf-8")
+    return (resources.lua_dir() / f"{name}.lua").read_text(encoding="utf-8")
 
 
 def old_release_applied() -> None:

@@ -16,11 +16,13 @@ import pytest
 import uvicorn
 
 from app import keys
+from app.answers import Published
 from app.door.hot import HotRoutes
 from app.draw import seed_hash
 from app.front import create_app
 from app.keys import SaleKeys
-from app.scripts import Link, Published, Scripts
+from app.link import Link
+from app.scripts import Scripts
 from app.serve import listen
 from app.settings import Settings
 from app.wire import http_protocol

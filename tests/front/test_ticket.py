@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.answers import Fenced, Rebuilt
 from app.draw import rank_of, round_keys
 from app.keys import SaleKeys
-from app.scripts import Fenced, Rebuilt
 from app.sealing import CannotOpen, address_aad, sealing_keys, unseal
 from tests.front.conftest import PII_KEY, Front, Open, Shop, until
 from tests.front.wire import crowd, get_bytes, join_bytes

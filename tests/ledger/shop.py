@@ -15,14 +15,16 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app.answers import Claimed, Joined, Published
 from app.keys import GROUP, SaleKeys
 from app.ledger import events
 from app.ledger.engine import create_engine
+from app.link import Link
 from app.purchase.admit import Admitter
 from app.purchase.confirm import Confirmer, Entry
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Books, Reconciler, compare
-from app.scripts import Claimed, Joined, Link, Published, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 
 SALE = "drop"

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from app.answers import Joined, Published
 from app.draw import seed_hash
 from app.keys import SaleKeys
-from app.scripts import Joined, Link, Published, Scripts
+from app.link import Link
+from app.scripts import Scripts
 
 T0 = 1_800_000_000_000  # ms: the line opens
 FREEZE = T0 + 50_000

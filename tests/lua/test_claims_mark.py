@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from app.answers import Gone, MarkedEach, Old
 from app.keys import GROUP
-from app.scripts import Gone, MarkedEach, Old
 from tests.lua.conftest import Stage
 
 pytestmark = pytest.mark.stores_matrix

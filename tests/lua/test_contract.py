@@ -8,8 +8,12 @@ import re
 import pytest
 
 from app.keys import SaleKeys
-from app.resources import lua_dir
-from app.scripts import Script, Scripts, all_scripts, script_text
+from app.resources import lua_dir, scripts
+from app.scripts import (
+    Script,
+    Scripts,
+    all_scripts,
+)
 
 NAMES = sorted(script.name for script in all_scripts())
 
@@ -48,7 +52,7 @@ def test_header_and_binding_name_the_same_keys_arguments_and_words(name: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_words_in_the_text_are_those_of_the_header(name: str) -> None:
-    body = "\n".join(line for line in script_text(name).splitlines() if not line.startswith("--"))
+    body = "\n".join(line for line in scripts()[name].splitlines() if not line.startswith("--"))
     words = {word.encode() for word in re.findall(r"\{'([A-Z_]{3,})'", body)}
     assert words == set(Script.registry[name].answers)
 
@@ -77,15 +81,15 @@ def test_the_method_takes_the_arguments_of_the_header(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scripts_are_declared_and_only_those_that_give_back_run_when_memory_is_full(name: str) -> None:
-    first = script_text(name).splitlines()[0]
+    first = scripts()[name].splitlines()[0]
     assert first == ("#!lua flags=allow-oom" if name in ("units_release", "ticket_mark") else "#!lua")
-    assert "redis.pcall" not in script_text(name)
+    assert "redis.pcall" not in scripts()[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_names_no_key_that_it_was_not_given(name: str) -> None:
     """A literal key would work here and fail on a Cluster."""
-    for call in re.findall(r"redis\.call\(\s*'(?!TIME)\w+',\s*([^,)]+)", script_text(name)):
+    for call in re.findall(r"redis\.call\(\s*'(?!TIME)\w+',\s*([^,)]+)", scripts()[name]):
         assert re.fullmatch(
             r"KEYS\[.+\]|ITEM|STOCK|OUTCOME|LINE|ORDERS|STATUS|'CREATE'|unpack\(KEYS", call.strip()
         )
@@ -93,7 +97,7 @@ def test_a_script_names_no_key_that_it_was_not_given(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_fits_the_limits_of_lua(name: str) -> None:
-    assert len(re.findall(r"^local ", script_text(name), re.MULTILINE)) < 150  # 200 local variables at most
+    assert len(re.findall(r"^local ", scripts()[name], re.MULTILINE)) < 150  # 200 local variables at most
 
 
 def test_the_key_map_names_every_script_that_writes_and_every_kind_of_key() -> None:
@@ -109,7 +113,7 @@ def test_the_key_map_names_every_script_that_writes_and_every_kind_of_key() -> N
 def test_every_part_is_used_and_every_part_that_is_used_exists() -> None:
     used = {part for name in NAMES for part in re.findall(r"^--@ part (\w+)$", read(name), re.MULTILINE)}
     assert used == {path.stem for path in (lua_dir() / "parts").glob("*.lua")}
-    assert not any("--@ part" in script_text(name) for name in NAMES)
+    assert not any("--@ part" in scripts()[name] for name in NAMES)
 
 
 def read(name: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from app.scripts import Gone, Old, all_scripts
+from app.answers import Gone, Old
+from app.scripts import all_scripts
 from tests.lua.conftest import OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

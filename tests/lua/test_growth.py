@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from app.scripts import Joined, Served, Switched
+from app.answers import Joined, Served, Switched
 from tests.lua.conftest import FREEZE, OPENS, T0, Stage
 
 WAITING = 100_000

@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 
+from app.answers import (
+    Busy,
+    Closed,
+    Early,
+    Left,
+    NotWaiting,
+    Paused,
+    Put,
+    Served,
+    WaitBeacon,
+    Waits,
+)
 from app.draw import chain_head, chain_start, draw_key, rank_of, round_keys, seed_hash
-from app.scripts import Busy, Closed, Early, Left, NotWaiting, Paused, Put, Served, WaitBeacon, Waits
 from tests.lua.conftest import CLOSES, OPENS, SEED, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 
+from app.answers import (
+    Claimed,
+    Conflict,
+    Has,
+    Joined,
+    Turned,
+    Waits,
+)
 from app.draw import chain_head, chain_start, seed_hash
-from app.scripts import Claimed, Conflict, Has, Joined, Turned, Waits
 from tests.lua.conftest import CLOSES, FREEZE, OPENS, SEED, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

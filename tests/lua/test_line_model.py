@@ -22,8 +22,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from app.answers import (
+    Added,
+    Claimed,
+    Has,
+    Joined,
+    Left,
+    Released,
+    Served,
+    Turned,
+    Waits,
+)
 from app.draw import rank_of, round_keys
-from app.scripts import Added, Claimed, Has, Joined, Left, Link, Released, Served, Turned, Waits
+from app.link import Link
 from tests.lua.conftest import FREEZE, OPENS, T0, Stage
 
 TOKEN = 1_000_000

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.draw import chain_start, seed_hash
-from app.scripts import (
+from app.answers import (
     Already,
     AlreadyValue,
     Armed,
@@ -27,6 +26,7 @@ from app.scripts import (
     Wait,
     Waits,
 )
+from app.draw import chain_start, seed_hash
 from tests.lua.conftest import CLOSES, FREEZE, OPENS, SEED, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

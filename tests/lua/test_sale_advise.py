@@ -8,7 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.scripts import Advised, Claimed, Gone, Old, Served, Waits
+from app.answers import (
+    Advised,
+    Claimed,
+    Gone,
+    Old,
+    Served,
+    Waits,
+)
 from tests.lua.conftest import OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.answers import Taken, Wait
 from app.keys import sms_limits
 from app.purchase.tell import Limits
-from app.scripts import Taken, Wait
 from tests.lua.conftest import T0, Stage
 
 NUMBER = "ab" * 16

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from app.scripts import AlreadyAsked, AlreadyReleased, Asked, Marked, Not, Stale
+from app.answers import (
+    AlreadyAsked,
+    AlreadyReleased,
+    Asked,
+    Marked,
+    Not,
+    Stale,
+)
 from tests.lua.conftest import OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.scripts import (
+from app.answers import (
     Added,
     AlreadyByte,
     AlreadyUnits,
@@ -15,11 +15,11 @@ from app.scripts import (
     Joined,
     Marked,
     Refused,
-    Rejected,
     Released,
     Short,
     Taken,
 )
+from app.link import Rejected
 from tests.lua.conftest import CLOSES, OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from app.breaker import Result, Rules
+from app.link import Link
 from app.providers.registry import guard_rules
 from app.providers.shared_breaker import SharedBreaker
-from app.scripts import Link, Scripts
+from app.scripts import Scripts
 from tests.office.conftest import Office
 
 PROVIDERS = "/v1/admin/providers"

@@ -11,12 +11,14 @@ import msgspec
 import pytest
 
 from app import keys
+from app.answers import Stands
 from app.breaker import Result, Rules, State
 from app.errors import FairdropError
+from app.link import Link
 from app.providers import published
 from app.providers.registry import Providers, open_providers
 from app.providers.shared_breaker import SharedBreaker, Told, rules_text
-from app.scripts import Link, Scripts, Stands
+from app.scripts import Scripts
 from app.settings import Settings
 from tests.providers.server import until
 

@@ -16,13 +16,15 @@ import msgspec
 import pytest
 
 from app import keys
+from app.answers import Gone, Stands
 from app.breaker import Counts, Event, Permit, Result, Rules, State, Stop
 from app.embedded import Valkey
+from app.link import Link
 from app.providers import published
 from app.providers.answer import Answer, Done, MaybeDone, NotDone
 from app.providers.guard import Guard, GuardRules
 from app.providers.shared_breaker import SharedBreaker, SharedPermit, Told, fresh_ms, rules_text
-from app.scripts import Gone, Link, Scripts, Stands
+from app.scripts import Scripts
 from tests.providers.server import until
 
 S, F, I = Result.SUCCESS, Result.FAILURE, Result.IGNORED  # noqa: E741
@@ -180,7 +182,8 @@ CALLERS = """
 import asyncio, sys, time
 from app.breaker import Permit, Result, Rules
 from app.providers.shared_breaker import SharedBreaker
-from app.scripts import Link, Scripts
+from app.link import Link
+from app.scripts import Scripts
 
 async def main(url, who, callers, lease_ms):
     link = Link(url, name=who)

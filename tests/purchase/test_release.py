@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.answers import Asked
 from app.ledger import orders, outbox
 from app.purchase.release import PayAsk, parse_ask, parse_pay, settle_late
-from app.scripts import Asked
 from tests.ledger.shop import SALE, Shop
 
 

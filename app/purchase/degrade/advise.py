@@ -23,14 +23,16 @@ from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import keys
+from app.answers import Advised
 from app.keys import GROUP, SaleKeys
 from app.ledger import payments
 from app.ledger.engine import alone, passes
+from app.link import Link
 from app.providers.registry import Providers
 from app.purchase.admit import Admitter, Watched
 from app.purchase.degrade.extend import out
 from app.purchase.degrade.throttle import Limits, Signs, Slow, Throttle
-from app.scripts import Advised, Link, Scripts
+from app.scripts import Scripts
 from app.settings import Settings
 
 LEAD_MS = 5_000  # a dead advisor is followed by another worker after this; ten looks

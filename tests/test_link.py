@@ -13,8 +13,10 @@ from urllib.parse import quote, urlsplit
 import pytest
 import redis.asyncio as redis_async
 
+from app.answers import Gone, Taken
 from app.errors import CannotStart, DidNotHappen, Unknown
-from app.scripts import LINE_LEAVE, Gone, Link, Rejected, Scripts, Taken, all_scripts
+from app.link import Link, Rejected
+from app.scripts import LINE_LEAVE, Scripts, all_scripts
 
 WITHIN_S = 10.0
 
