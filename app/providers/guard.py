@@ -75,7 +75,7 @@ TRANSITIONS = Counter(
     ["provider", "before", "after", "why"],
 )
 RETRIES = Counter(
-    "fairdrop_provider_retries", "Repeats of what certainly did not happen: made, no_budget, no_time",
+    "fairdrop_provider_retries", "Repeats of what certainly did not happen: made, no_budget, no_time, stopped",
     ["provider", "outcome"],
 )  # fmt: skip
 ALONE = Gauge(
@@ -257,8 +257,15 @@ class Guard:
                 await asyncio.sleep(wait_s)
                 if not self._may_repeat(answer):
                     break  # the breaker has tripped meanwhile: what this supplier said stands
+                again = await self._try(operation, send, ends)
+                if type(again) is NotDone and again.code in (
+                    BREAKER_OPEN,
+                    NO_PLACE,
+                ):  # not sent: the answer stands
+                    self._repeated("no_time" if again.code == NO_PLACE else "stopped")
+                    break
                 self._repeated("made")
-                answer = await self._try(operation, send, ends)
+                answer = again
             return answer
         finally:
             self.bulkhead.leave()

@@ -320,6 +320,21 @@ async def test_repeats_end_with_the_deadline() -> None:
     assert time.monotonic() - began < 1
 
 
+async def test_a_repeat_that_comes_too_late_leaves_what_the_supplier_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = patient(deadline_s=0.05)
+    send, made = in_turn(NotDone("ConnectError"))
+    slept = asyncio.sleep
+
+    async def oversleep(_: float) -> None:
+        await slept(0.06)
+
+    monkeypatch.setattr(asyncio, "sleep", oversleep)
+    assert await guard.call("create", send) == NotDone("ConnectError")
+    assert len(made) == 1
+
+
 async def test_repeats_end_with_the_breaker_and_a_probe_is_not_repeated() -> None:
     clock = Clock()
     guard = patient(clock, breaker=Rules(calls_min=2, open_ms=1_000, jitter=0, probes_max=1))
