@@ -9,19 +9,19 @@ and the scripts make a repeat safe.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
 from hiredis import ProtocolError, Reader, ReplyError, pack_command
 
 from app.errors import CannotStart, DidNotHappen, Unknown
+from app.redis_address import Address
 from app.resources import scripts
 
 log = logging.getLogger("fairdrop.redis")
@@ -31,7 +31,8 @@ VALKEY_LEAST = 8
 CALLS_MAX = 50_000  # calls under way on one connection; a stalled server must not eat our memory
 BACKOFF_FIRST_S = 0.05  # before the second attempt to connect; doubles, with jitter
 BACKOFF_MAX_S = 1.0  # a recovered Redis is found within about a second
-CONNECT_DEADLINE_S = 2.0  # TCP, TLS, AUTH and SCRIPT LOAD together
+CONNECT_DEADLINE_S = 2.0  # sentinels, TCP, TLS, AUTH and SCRIPT LOAD together
+MOVED_LOOK_EVERY_S = 1.0  # between two questions to the sentinels while connected; three small packets
 # The last three: something answers that is not Redis.
 CANNOT_CONNECT = (OSError, TimeoutError, DidNotHappen, Unknown, ValueError, TypeError, KeyError)
 
@@ -229,7 +230,7 @@ class Link:
         self.trouble = ""  # why it is not connected, for /readyz; never holds a password
         self._wire: _Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._address = _Address(url)
+        self._address = Address(url)
 
     async def start(self) -> None:
         """Begin to connect, and wait until the first attempt succeeds or fails: see `connected`."""
@@ -276,7 +277,9 @@ class Link:
         try:
             wire, info = await self._connect(load=False)
         except CANNOT_CONNECT as error:
-            raise CannotStart(f"Redis at {self._address} does not answer: {_reason(error)}") from error
+            raise CannotStart(
+                f"cannot reach Redis at {self._address} (FAIRDROP_REDIS_URL): {_reason(error)}"
+            ) from error
         wire.abort()
         await wire.lost.wait()
         if "valkey_version" in info:
@@ -326,7 +329,16 @@ class Link:
                 wire.on_server_error, wire.silent_s = self._server_error, self.deadline_s * 0.9
                 tried.set()
                 log.info("redis: connected to %s, run_id %s", self._address, self.run_id)
-                await wire.lost.wait()
+                if self._address.sentinels is not None and "min_slaves_good_slaves" not in info:
+                    log.warning(
+                        "redis: %s has no min-replicas-to-write: cut off from its replicas it goes on taking joins,"
+                        " which a failover loses",
+                        self._address,
+                    )
+                if self._address.sentinels is None:
+                    await wire.lost.wait()
+                else:
+                    await self._until_lost_or_moved(wire)
                 self._wire, self.connected = None, False
                 self.trouble = "the connection was lost"
                 log.warning("redis: connection to %s lost", self._address)
@@ -334,10 +346,26 @@ class Link:
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
 
+    async def _until_lost_or_moved(self, wire: _Wire) -> None:
+        """Ask the sentinels now and then: a primary that a failover left behind may live on, and serve us for ever."""
+        while not wire.lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wire.lost.wait(), MOVED_LOOK_EVERY_S * random.uniform(0.8, 1.2))
+                return
+            with contextlib.suppress(DidNotHappen):  # no sentinel answers: the primary still may
+                if await self._address.moved():
+                    log.warning("redis: the sentinels name another primary than %s", self._address)
+                    self.connected = False
+                    wire.leave()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(wire.lost.wait(), self.deadline_s)
+                    wire.abort()  # what is still unsent stays so
+                    await wire.lost.wait()
+
     async def _connect(self, *, load: bool) -> tuple[_Wire, dict[str, str]]:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_DEADLINE_S):
-            wire = await self._address.open(loop)
+            wire = await self._address.open(lambda: _Wire(loop))
             try:
                 commands: list[Sequence[Arg]] = []
                 if self._address.password:
@@ -348,7 +376,7 @@ class Link:
                 commands.append(("CLIENT", "SETNAME", self.name))
                 if load:
                     commands += [("SCRIPT", "LOAD", text) for text in scripts().values()]
-                commands += [("INFO", "memory"), ("INFO", "server")]
+                commands += [("INFO", "memory"), ("INFO", "replication"), ("INFO", "server")]
                 call = _Call(loop.create_future(), len(commands), True, False, loop.time())
                 wire.send(pack(*commands), call, CONNECT_DEADLINE_S)
                 replies = await call.future
@@ -356,12 +384,14 @@ class Link:
                     if isinstance(reply, Exception):
                         raise reply
                 info: dict[str, str] = {}
-                for line in (replies[-2] + b"\r\n" + replies[-1]).decode().splitlines():
+                for line in b"\r\n".join(replies[-3:]).decode().splitlines():
                     key, colon, value = line.partition(":")
                     if colon:
                         info[key] = value
                 if "run_id" not in info:
                     raise ValueError("what answers there is not Redis")
+                if self._address.sentinels is not None and info.get("role") != "master":
+                    raise ValueError("the server that the sentinels name is not a primary (yet)")
                 return wire, info
             except BaseException:
                 wire.abort()
@@ -377,34 +407,6 @@ class Link:
 def _kept(keeper: asyncio.Task[None]) -> None:
     if not keeper.cancelled() and (error := keeper.exception()) is not None:
         log.critical("redis: the link will not come back, restart the process", exc_info=error)
-
-
-class _Address:
-    """Where Redis is: redis://, rediss:// (TLS) or unix://, with user, password and database number."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss", "unix"):
-            raise CannotStart("the Redis address must begin with redis://, rediss:// or unix://")
-        try:
-            self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 6379
-            self.user, self.password = unquote(parts.username or ""), unquote(parts.password or "")
-            self.path = parts.path if parts.scheme == "unix" else ""
-            self.database = int(parts.path.strip("/") or 0) if parts.scheme != "unix" else 0
-        except ValueError as error:
-            raise CannotStart("the Redis address is not a URL like redis://:password@host:6379/0") from error
-        self.tls = parts.scheme == "rediss"
-
-    def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
-
-    async def open(self, loop: asyncio.AbstractEventLoop) -> _Wire:
-        if self.path:
-            _, wire = await loop.create_unix_connection(lambda: _Wire(loop), self.path)
-            return wire
-        context = ssl.create_default_context() if self.tls else None
-        _, wire = await loop.create_connection(lambda: _Wire(loop), self.host, self.port, ssl=context)
-        return wire
 
 
 def _reason(error: BaseException) -> str:

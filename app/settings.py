@@ -67,7 +67,11 @@ class Settings(BaseSettings):
     )
 
     # stores
-    redis_url: str = Field("", description="redis://[:password@]host:port/0; empty: `up` embeds Valkey")
+    redis_url: str = Field(
+        "",
+        description="redis://[:password@]host:port/0, or redis+sentinel://[:password@]host:port,host:port,host:port"
+        "/service[?sentinel_password=…] (rediss… with TLS); empty: `up` embeds Valkey",
+    )
     database_url: str = Field(
         "", description="postgresql://user:password@host:port/name; empty: `up` embeds Postgres"
     )

@@ -14,6 +14,7 @@ Everything here is synchronous and in the main thread: the kernel ends a child w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -35,8 +36,6 @@ from typing import IO, Protocol
 from urllib.parse import urlsplit
 
 from app.embedded import (
-    REDIS_LEAST,
-    VALKEY_LEAST,
     Postgres,
     Valkey,
     find_postgres,
@@ -48,6 +47,7 @@ from app.embedded import (
     write_private,
 )
 from app.errors import CannotStart
+from app.link import Link
 from app.serve import listen, listen_together
 from app.settings import Settings
 from app.telemetry import MULTIPROCESS_DIR, forget_process, prepare_metrics
@@ -58,7 +58,6 @@ LOOK_EVERY_S = 0.1
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
 HEALTHY_AFTER_S = 30.0  # a process that lived this long starts with a short pause again
-REDIS_ANSWERS_WITHIN_S = 5.0
 
 # Secrets that `up` makes once (development), and how: FAIRDROP_<NAME>_FILE points children to them.
 MADE_SECRETS: dict[str, Callable[[], str]] = {
@@ -379,7 +378,7 @@ class Up:
 
     def _check_real_servers(self) -> None:
         if self.settings.redis_url:
-            check_redis(self.settings.redis_url)
+            asyncio.run(Link(self.settings.redis_url, name="check").check_server())
         if self.settings.database_url:
             from app.ledger import migrate
 
@@ -577,52 +576,6 @@ class Up:
         for wire in self._wires:
             wire.close()
         self._wires.clear()
-
-
-def check_redis(url: str) -> str:
-    """What answers at this address, as a word for people. CannotStart: nothing, the wrong password, or too old."""
-    import redis
-
-    parts = urlsplit(url)
-    try:
-        where = f"{parts.hostname or '127.0.0.1'}:{parts.port or 6379}"
-    except ValueError as error:
-        raise CannotStart(
-            f"FAIRDROP_REDIS_URL must look like redis://:password@host:port/0 ({error})"
-        ) from error
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise CannotStart(
-            "FAIRDROP_REDIS_URL must look like redis://:password@host:port/0 (or rediss://, unix://)"
-        )
-    try:
-        client = redis.Redis.from_url(
-            url,
-            protocol=2,  # HELLO is news to the very servers that are to be told that they are too old
-            socket_timeout=REDIS_ANSWERS_WITHIN_S,
-            socket_connect_timeout=REDIS_ANSWERS_WITHIN_S,
-            retry=None,
-        )
-        with contextlib.closing(client):
-            said = client.info("server")
-    except redis.AuthenticationError as error:
-        raise CannotStart(f"Redis at {where} refuses the password of FAIRDROP_REDIS_URL: {error}") from error
-    except (redis.RedisError, OSError) as error:
-        raise CannotStart(
-            f"cannot reach Redis at {where} (FAIRDROP_REDIS_URL): {_first_line(error)}"
-        ) from error
-    except ValueError as error:
-        raise CannotStart(f"FAIRDROP_REDIS_URL: {error}") from error
-    kind, least = "Valkey", VALKEY_LEAST
-    number = str(said.get("valkey_version") or "")
-    if not number:
-        kind, least, number = "Redis", REDIS_LEAST, str(said.get("redis_version") or "0")
-    if tuple(int(part) for part in number.split(".") if part.isdigit()) < least:
-        raise CannotStart(f"{kind} {least[0]} or newer is needed; the one at {where} is {number}")
-    return f"{kind} {number}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def run_fronts(settings: Settings, host: str, port: int) -> None:

@@ -341,9 +341,11 @@ def test_a_read_only_data_directory_is_one_sentence(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("http://127.0.0.1:1", r"FAIRDROP_REDIS_URL must look like redis://.*"),
+        ("http://127.0.0.1:1", r"the Redis address \(FAIRDROP_REDIS_URL\) must begin with redis://.*"),
         ("redis://127.0.0.1:1/0", r"cannot reach Redis at 127\.0\.0\.1:1 .*"),
-        ("redis://127.0.0.1:99999/0", r"FAIRDROP_REDIS_URL must look like .*"),
+        ("redis://127.0.0.1:99999/0", r"the Redis address \(FAIRDROP_REDIS_URL\) is not a URL like .*"),
+        ("redis+sentinel://127.0.0.1:1", r"the Redis address \(FAIRDROP_REDIS_URL\) is not a URL like .*"),
+        ("redis+sentinel://127.0.0.1:1/x", r"cannot reach Redis at `x` of the sentinels 127\.0\.0\.1:1 .*"),
     ],
 )
 def test_a_wrong_redis_address_is_one_sentence(folder: Path, url: str, sentence: str) -> None:
@@ -368,7 +370,7 @@ def test_a_wrong_database_address_is_one_sentence(folder: Path, url: str, senten
 
 def test_a_wrong_password_is_one_sentence(folder: Path, valkey: Valkey, database_url: str) -> None:
     said = refused(folder, *PORTS, env={"FAIRDROP_REDIS_URL": valkey.url.replace(valkey.password, "wrong")})
-    assert "refuses the password of FAIRDROP_REDIS_URL" in said
+    assert "(FAIRDROP_REDIS_URL): WRONGPASS" in said
     wrong = re.sub(r":[^:@]*@", ":wrong@", database_url)
     said = refused(folder, *PORTS, env={"FAIRDROP_DATABASE_URL": wrong})
     assert "password authentication failed" in said
