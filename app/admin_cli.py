@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(sms, name="sms")
     app.command("providers")(providers)
     app.command("audit")(audit)
+    app.command("trace")(trace)
 
 
 class Office:
@@ -753,3 +754,29 @@ def audit(sale_id: SaleArgument, as_json: Json = False, data_dir: DataDir = None
     )
     if not answer["ok"]:
         raise typer.Exit(1)
+
+
+def trace(
+    order_no: Annotated[str, typer.Argument(metavar="ORDER_NO", help="The order's number.")],
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """What happened to one order, oldest first: claim, confirm, pay, release, tell, and who at the desk did what."""
+    answer = Office(data_dir).ask("GET", f"/v1/admin/orders/{_quoted(order_no)}/trace")
+    show(
+        answer,
+        as_json,
+        lambda: table(
+            f"{order_no}: {answer['state'] or 'refused'}; Redis tells its buyer: {answer['told'] or '?'}",
+            ("at", "step", "what", "detail"),
+            [
+                (
+                    one["at"],
+                    one["step"],
+                    one["what"],
+                    ", ".join(f"{name} {value}" for name, value in one["detail"].items()),
+                )
+                for one in answer["data"]
+            ],
+        ),
+    )

@@ -14,7 +14,20 @@ from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import problems
-from app.desk import events, hooks, journal, keys, live, orders, pages, probes, providers, routes, sales
+from app.desk import (
+    events,
+    hooks,
+    journal,
+    keys,
+    live,
+    orders,
+    pages,
+    probes,
+    providers,
+    routes,
+    sales,
+    trace,
+)
 from app.desk.live import Watch
 from app.desk.wiring import Desk
 from app.errors import CannotStart, DidNotHappen, Unknown
@@ -116,8 +129,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.draining = False
     _answer_problems(app)
     for router in (
-        sales.router, orders.router, live.router, routes.router, providers.router, journal.router, keys.router,
-        events.router, probes.router, pages.router,
+        sales.router, orders.router, trace.router, live.router, routes.router, providers.router, journal.router,
+        keys.router, events.router, probes.router, pages.router,
     ):  # fmt: skip
         app.include_router(router)
     if not settings.hooks_port:

@@ -221,3 +221,14 @@ def test_the_history_of_breakers_is_told_newest_first(
     transitions(cast(Any, _Told()), name, as_json=False)
     shown = capsys.readouterr().out
     assert 0 < shown.index("12:00:02.000Z") < shown.index("12:00:01.000Z")
+
+
+async def test_an_order_is_traced(office: Office) -> None:
+    await office.open_sale()
+    number = await write_order(office, state="paid")
+    shown = await fairdrop("trace", number, office=office)
+    assert shown.status == 0, shown.err
+    assert "Redis tells its buyer: paid" in shown.out and "money captured" in shown.out
+    document = await fairdrop("trace", number, "--json", office=office)
+    assert document.json["order_no"] == number
+    assert (await fairdrop("trace", "0123456789ABCDEFGHIJ", office=office)).status == 1

@@ -152,3 +152,43 @@ async def test_cancel_all_ends_every_live_order_of_the_item(office: Office, repe
     assert (await outbox_kinds(office)).count(("release", "k")) == 1
     for bad, status in (({"sku": "C"}, 404), ({}, 422)):
         assert (await office.post("/v1/admin/sales/drop/cancel-all", bad)).status_code == status
+
+
+async def test_a_trace_tells_what_happened_to_an_order_and_what_its_buyer_is_told(office: Office) -> None:
+    await office.open_sale()
+    number = await write_order(office)
+    await open_attempt(office, number)
+    await office.sql("UPDATE payment_attempt SET state = 'closed', ended_at = now()")
+    await office.post(f"/v1/admin/orders/{number}/cancel", {"reason": "the buyer called"})
+    found = (await office.get(f"/v1/admin/orders/{number}/trace")).json()
+    # No worker runs that would tell Redis.
+    assert (found["state"], found["told"]) == ("cancelled", "reserved")
+    steps = [(one["step"], one["what"]) for one in found["data"]]
+    assert steps[0] == ("claim", "claimed") and [one["at"] for one in found["data"]] == sorted(
+        one["at"] for one in found["data"]
+    )
+    assert {
+        ("confirm", "reserved"), ("pay", "link wanted"), ("pay", "link closed"), ("release", "cancelled"),
+        ("release", "Redis to be told: release"), ("tell", "event order.cancelled"), ("operator", "order.cancel"),
+    } <= set(steps)  # fmt: skip
+    by_hand = next(one for one in found["data"] if one["step"] == "operator")
+    assert by_hand["detail"] == {"actor": "first admin (first)", "reason": "the buyer called"}
+    assert (await office.get("/v1/admin/orders/0123456789ABCDEFGHIJ/trace")).status_code == 404
+
+
+async def test_a_trace_knows_refused_claims_and_does_not_need_redis(office: Office) -> None:
+    await office.open_sale()
+    number = await write_order(office, state="paid")
+    await office.sql(
+        "INSERT INTO refused_claim (order_no, sale, sku, buyer_id, epoch, seq, units, reason, returned)"
+        " VALUES ('REFUSED0000000000000', 'drop', 'A', 'b2', 1, 2, 1, 'live_order', true)"
+    )
+    refused = (await office.get("/v1/admin/orders/REFUSED0000000000000/trace")).json()
+    assert (refused["state"], refused["told"]) == (None, None)
+    assert [(one["step"], one["what"], one["detail"]["reason"]) for one in refused["data"]] == [
+        ("confirm", "refused", "live_order")
+    ]
+    await office.desk.link.close()
+    alone = (await office.get(f"/v1/admin/orders/{number}/trace")).json()
+    assert (alone["state"], alone["told"]) == ("paid", None)
+    assert ("pay", "money captured") in [(one["step"], one["what"]) for one in alone["data"]]
