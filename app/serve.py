@@ -1,19 +1,21 @@
 """Serves an ASGI application until SIGTERM: listens, starts it, drains, stops. For front, office and sandbox.
 
-SIGTERM: /readyz says 503 `draining` (`app.drain()`, or `app.state.draining = True`) while everything is served as
-before for `drain_s`, so that a load balancer looks away first; then requests under way get `close_within_s`. Ctrl-C,
-or a second SIGTERM, skips the waiting.
+SIGTERM: /readyz says 503 `draining` (`app.drain()`, or `app.state.draining = True`) for `drain_s`, so that a load
+balancer looks away first; new connections are served on meanwhile, and every answer says `Connection: close`. Then
+whoever has connected is still taken, the port is closed, and requests under way get `close_within_s`. Ctrl-C, or a
+second SIGTERM, skips the waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from types import FrameType
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ import uvloop
 
 from app.errors import CannotStart
 from app.settings import Settings
-from app.wire import Express, http_protocol
+from app.wire import Express, Lane, http_protocol
 
 log = structlog.get_logger("serve")
 
@@ -148,21 +150,39 @@ class Lifespan:
 class _Uvicorn(uvicorn.Server):
     """uvicorn with our signals: the first SIGTERM drains."""
 
-    def __init__(self, config: uvicorn.Config, app: Application, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, lane: Lane, drain_s: float) -> None:
         super().__init__(config)
         self._app = app
+        self._lane = lane
         self._drain_s = drain_s
         self._stop_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._lane.draining = True
+        start_draining(self._app)
         if sig == signal.SIGTERM and self._stop_at is None and self._drain_s > 0 and self.started:
             self._stop_at = time.monotonic() + self._drain_s
-            start_draining(self._app)
             return
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
-        start_draining(self._app)
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take whoever waits in the kernel's queue, then close the port: closing it would reset them."""
+        waiting = [wire for listener in sockets or [] for wire in _accepted(listener)]
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for wire in waiting:
+            with contextlib.suppress(OSError):  # it has gone already
+                await loop.connect_accepted_socket(self._protocol, wire)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]  # as uvicorn's own start does
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
     async def on_tick(self, counter: int) -> bool:
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
@@ -170,14 +190,27 @@ class _Uvicorn(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the kernel has made and nobody has taken yet."""
+    listener.setblocking(False)
+    while True:
+        try:
+            wire, _ = listener.accept()
+        except OSError:  # there are no more
+            return
+        wire.setblocking(False)
+        yield wire
+
+
 async def serve_uvicorn(
     app: Application, settings: Settings, wires: list[socket.socket], drain_s: float
 ) -> None:
     for wire in wires:
         drop_who_does_not_read(wire, settings.read_within_s)
+    protocol = http_protocol(settings, app if isinstance(app, Express) else None)
     config = uvicorn.Config(
         app,
-        http=http_protocol(settings, app if isinstance(app, Express) else None),
+        http=protocol,
         ws="none",
         interface="asgi3",
         log_config=None,
@@ -191,7 +224,7 @@ async def serve_uvicorn(
     )
     config.load()
     config.lifespan_class = Lifespan
-    server = _Uvicorn(config, app, drain_s)
+    server = _Uvicorn(config, app, protocol.lane, drain_s)
     try:
         await server.serve(sockets=wires)
     except SystemExit:

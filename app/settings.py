@@ -114,7 +114,10 @@ class Settings(BaseSettings):
     sandbox_port: int = Field(8083, description="TCP port of the sandbox supplier, 0 = any")
     server: Literal["uvicorn", "granian"] = Field("uvicorn", description="ASGI server of the front")
     drain_s: float = Field(
-        5.0, ge=0, description="s of serving on after SIGTERM, with /readyz saying draining"
+        5.0,
+        ge=0,
+        description="s of serving on after SIGTERM, with /readyz saying draining and each answer `Connection: close`; "
+        "longer than a balancer needs to notice, and than it keeps idle connections to us",
     )
     cors_origins: Annotated[list[str], NoDecode] = Field(
         default_factory=list, description="comma-separated origins; default none"

@@ -51,6 +51,7 @@ class Express(Protocol):
 
 TURN_EVERY_S = 0.01  # s between two looks at how long the event loop takes to come round
 LINGER_S = 0.5  # s a refused client gets to read why
+FRESH_S = 1.0  # s in which a new connection's first request is waited for when the process stops
 FILES_KEPT = 128  # of the process' files, for stores, logs and listeners: not for connections
 PIPELINE_MAX = 1_000  # requests that one client may send ahead of their answers; more ends the connection
 
@@ -101,6 +102,7 @@ class Lane:
         self.keep_alive_s = settings.keep_alive_s
         self.look_every_s = min(self.head_within_s, self.body_within_s, self.keep_alive_s) / 2
         self.connections_max = limit_of_connections(settings.connections_max)
+        self.draining = False  # about to stop: every answer is the last of its connection
         self.gate: Gate[tuple[Wire, bytes]] | None = None
         if express is not None and settings.overload_wait_max_ms > 0:
             turn_s, wait_s = settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000
@@ -153,12 +155,11 @@ class Wire(HttpToolsProtocol):
     _heads = 0
     _watch: asyncio.TimerHandle | None = None
     # the express lane: what will answer the request that is arriving, its headers and body; whether one is being
-    # answered; whether the connection ends with that answer; since when there has been none
+    # answered; since when there has been none
     _hot: Callable[[Headers, bytes], Any] | None = None
     _hot_headers: Headers
     _hot_body = b""
     _answering = False
-    _last = False
     _idle_since: float | None = None
     _still = (0, True)  # (heads, in a head) as it has been since then, and since when
     _still_since = 0.0
@@ -291,10 +292,18 @@ class Wire(HttpToolsProtocol):
         self.server_state.total_requests += 1
         self._unset_keepalive_if_required()
         self._idle_since = self.loop.time()
-        self.transport.write(lane.express.turned_away(head, lane.date_of(self.server_state.default_headers)))
-        if b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head:
-            self.transport.close()
+        response = lane.express.turned_away(head, lane.date_of(self.server_state.default_headers))
+        self._write(response, last=b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head)
         return True
+
+    def _write(self, response: bytes, *, last: bool = False) -> None:
+        """Write a whole response; the connection ends with it if the client wants that, or the process drains."""
+        if self.lane.draining and not self.pipeline:
+            response = response.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
+            last = True
+        self.transport.write(response)
+        if last:
+            self.transport.close()
 
     def let_in(self, data: bytes) -> None:
         """Read a piece whose turn has come."""
@@ -388,11 +397,7 @@ class Wire(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return  # the client has gone
-        if self._last:
-            self.transport.write(response.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
-            self.transport.close()
-            return
-        self.transport.write(response)
+        self._write(response)
         if self.pipeline:
             self.flow.resume_reading()
             cycle, app = self.pipeline.pop()
@@ -406,16 +411,30 @@ class Wire(HttpToolsProtocol):
             self.pipeline.appendleft((cycle, app))
         else:
             self._running = cycle
+            if self.lane.draining and not self.pipeline:
+                cycle.keep_alive = False  # uvicorn says so in the response and closes behind it
             super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
-        if self._answering or self._hot is not None:
-            self._last = True
-        else:
+        """The process stops: close, behind the answer to what has begun.
+
+        A connection that is new gets a moment for its first request: whoever made it believes that we serve. One
+        that is idle is closed; a balancer that keeps none for as long as we drain has no request on its way.
+        """
+        self.lane.draining = True
+        fresh_s = FRESH_S - (self.loop.time() - self._still_since) if self._heads == 0 else 0.0
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+            return
+        if self._answering or self._hot is not None or self._queued or not self._in_head or self._head_bytes:
+            return
+        if fresh_s > 0:
+            self.loop.call_later(fresh_s, self.shutdown)
+        elif not self.transport.is_closing():
             super().shutdown()
 
 
-def http_protocol(settings: Settings, express: Express | None = None) -> type[HttpToolsProtocol]:
+def http_protocol(settings: Settings, express: Express | None = None) -> type[Wire]:
     """uvicorn's HTTP/1.1 with limits of its own: httptools has none.
 
     Size and time of a request's head, time of its body, requests sent ahead, connections; a gate for hot requests when

@@ -76,6 +76,32 @@ def test_compose_runs_the_processes_of_up_with_settings_that_exist() -> None:
                 assert setting in Settings.model_fields, variable
 
 
+def test_a_process_is_given_longer_to_end_than_it_drains() -> None:
+    """kill -9 in the middle of a drain is what a rolling restart is there to avoid."""
+    text = (DEPLOY / "kubernetes.yaml").read_text()
+    documents = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(text)}
+    told = documents["ConfigMap", "fairdrop"]["data"]
+    assert {name.removeprefix("FAIRDROP_").lower() for name in told} <= Settings.model_fields.keys()
+    drains_s = float(told["FAIRDROP_DRAIN_S"]) + float(told["FAIRDROP_CLOSE_WITHIN_S"])
+    for name in ("front", "office", "worker"):
+        pod = documents["Deployment", f"fairdrop-{name}"]["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] > drains_s
+        assert pod["containers"][0]["args"] == [name]
+    settings = Settings()
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name in ("front", "office"):
+        assert float(compose[name]["stop_grace_period"][:-1]) > settings.drain_s + settings.close_within_s
+
+
+def test_nginx_gives_up_idle_connections_before_a_front_door_that_drains_closes_them() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    upstream = text[text.index("upstream front") : text.index("server {")]
+    (kept_s,) = re.findall(r"keepalive_timeout (\d+)s;", upstream)
+    assert float(kept_s) < Settings().drain_s
+    assert "non_idempotent" not in text
+    assert text.count("{") == text.count("}")
+
+
 def test_make_secrets_writes_what_compose_needs_and_never_changes_it(tmp_path: Path) -> None:
     if not shutil.which("openssl"):
         pytest.skip("no openssl here")

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from app.errors import CannotStart
-from app.serve import Lifespan, listen, listen_together, serve_uvicorn
+from app.serve import Lifespan, _Uvicorn, listen, listen_together, serve_uvicorn
 from app.settings import Settings
 from app.wire import http_protocol
 
@@ -149,6 +149,36 @@ async def test_the_lifespan_runs_once_and_ends() -> None:
     assert (seen, lifespan.state, lifespan.should_exit) == (["start"], {"number": 7}, False)
     await lifespan.shutdown()
     assert seen == ["start", "stop"]
+
+
+async def test_whoever_is_in_the_kernels_queue_when_the_process_stops_is_answered() -> None:
+    """Closing a listening socket resets the connections that it holds and nobody has accepted yet."""
+    protocol = http_protocol(Settings())
+    config = uvicorn.Config(
+        hello, http=protocol, ws="none", interface="asgi3", lifespan="off", log_config=None
+    )
+    config.load()
+    server = _Uvicorn(config, hello, protocol.lane, 0.0)
+    server.lifespan = config.lifespan_class(config)
+    wire = listen("127.0.0.1", 0, 16, what="test")
+    await server.startup(sockets=[wire])
+    clients = [socket.create_connection(wire.getsockname()) for _ in range(8)]
+    for client in clients:
+        client.sendall(GET + b"\r\n")
+        client.setblocking(False)
+    # In the same turn of the loop: not one of them has been accepted.
+    stopping = asyncio.create_task(server.shutdown(sockets=[wire]))
+    try:
+        for client in clients:
+            said = b""
+            async with asyncio.timeout(10):
+                while read := await asyncio.get_running_loop().sock_recv(client, 10_000):
+                    said += read
+            assert said.endswith(b"ok"), said
+    finally:
+        for client in clients:
+            client.close()
+        await stopping
 
 
 def test_a_closed_port_answers_nothing() -> None:

@@ -14,7 +14,7 @@ import uvicorn
 
 from app.serve import listen
 from app.settings import Settings
-from app.wire import http_protocol
+from app.wire import Lane, http_protocol
 
 BUILT = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b"
 
@@ -66,14 +66,16 @@ class Open:
     port: int
     shop: Shop
     server: uvicorn.Server
+    lane: Lane
 
 
 @asynccontextmanager
 async def serving(**settings: Any) -> AsyncIterator[Open]:
     shop = Shop()
     limits = Settings(overload_wait_max_ms=0, **settings)  # clients and server share this loop
+    protocol = http_protocol(limits, shop)
     config = uvicorn.Config(
-        shop, http=http_protocol(limits, shop), ws="none", interface="asgi3", lifespan="off",
+        shop, http=protocol, ws="none", interface="asgi3", lifespan="off",
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -81,7 +83,7 @@ async def serving(**settings: Any) -> AsyncIterator[Open]:
     wire = listen("127.0.0.1", 0, 16, what="test")
     task = asyncio.create_task(server.serve(sockets=[wire]))
     try:
-        yield Open(wire.getsockname()[1], shop, server)
+        yield Open(wire.getsockname()[1], shop, server, protocol.lane)
     finally:
         server.should_exit = True
         await task
@@ -179,11 +181,40 @@ async def test_a_process_that_stops_answers_what_is_hot_and_then_closes() -> Non
         await until(lambda: front.shop.held)
         front.server.should_exit = True
         connection = next(iter(front.server.server_state.connections))
-        await until(lambda: getattr(connection, "_last", False))
+        await until(lambda: connection.lane.draining)  # type: ignore[union-attr]
         front.shop.held.pop()()
         said = await asyncio.wait_for(reader.read(), 10)
         assert said.startswith(b"HTTP/1.1 200 OK\r\nconnection: close\r\n")
         assert said.endswith(b"lane /hot/later ")
+        writer.close()
+
+
+@pytest.mark.parametrize("path", [b"/hot", b"/cold"])
+async def test_a_process_that_drains_serves_on_and_says_that_each_answer_is_the_last(path: bytes) -> None:
+    """A proxy then keeps no connection that is about to be closed under its next request."""
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(path))
+        assert len(await answers(reader, 1)) == 1
+        front.lane.draining = True
+        writer.write(get(path))
+        said = await asyncio.wait_for(reader.read(), 10)
+        assert said.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nconnection: close\r\n" in said
+        writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hot HT"])
+async def test_a_connection_made_just_before_the_stop_still_gets_its_answer(sent: bytes) -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(sent)
+        await until(lambda: front.server.server_state.connections)
+        front.server.should_exit = True
+        await until(lambda: front.lane.draining)
+        writer.write(get(b"/hot")[len(sent) :])
+        said = await asyncio.wait_for(reader.read(), 10)
+        assert said.endswith(b"lane /hot ")
         writer.close()
 
 
