@@ -73,7 +73,9 @@ class Settings(BaseSettings):
         "/service[?sentinel_password=…] (rediss… with TLS); empty: `up` embeds Valkey",
     )
     database_url: str = Field(
-        "", description="postgresql://user:password@host:port/name; empty: `up` embeds Postgres"
+        "",
+        description="postgresql://user:password@host:port/name, or host:port,host:port: the one of them that takes"
+        " writes; empty: `up` embeds Postgres",
     )
     data_dir: Path = Field(
         Path(".fairdrop"), description="where `up` keeps stores, secrets, logs and urls.json"

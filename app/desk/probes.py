@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.desk.shapes import Out
 from app.desk.wiring import Desk
 from app.ledger.engine import durability, ping
+from app.ledger.servers import StandbyAway
 from app.problems import refusals, refuse
 from app.telemetry import Metrics
 
@@ -55,7 +56,7 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
             await ping(conn)
             holds = await durability(conn)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        reasons.append(f"postgres: {type(error).__name__}")
+        reasons.append(f"postgres: {error if isinstance(error, StandbyAway) else type(error).__name__}")
     if request.app.state.draining:
         raise refuse("draining", extra={"reasons": ["draining", *reasons]})
     if reasons:

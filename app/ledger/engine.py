@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,29 +23,43 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from app.errors import CannotStart
+from app.ledger.servers import MARK, Servers, StandbyAway
 from app.settings import Settings
 
+STANDBY_WITHIN_S = 0.7  # shorter than the patience of the probes that ask
 CONNECT_WITHIN_S = 5.0  # a healthy server answers in milliseconds; longer means that it is not there
 POOL_WAIT_S = 5.0  # a caller that finds every connection busy is told so, instead of piling up
 POSTGRES_LEAST = 15
+ADDRESS_LIKE = (
+    "FAIRDROP_DATABASE_URL must look like postgresql://user:password@host:port/name"
+    " or postgresql://user:password@host:port,host:port/name"
+)
 
 
 def driver_url(database_url: str) -> URL:
     """`postgresql://…` as people and `urls.json` write it → what SQLAlchemy hands to asyncpg.
 
-    libpq's `sslmode` becomes asyncpg's `ssl`; other parameters pass. CannotStart: not a Postgres address.
+    libpq's `sslmode` becomes asyncpg's `ssl`; other parameters pass. Of several servers (`@host:port,host:port/`) the
+    one that takes writes is meant. CannotStart: not a Postgres address.
     """
     scheme, rest = database_url.partition("://")[::2]
     if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not rest:
-        raise CannotStart("FAIRDROP_DATABASE_URL must look like postgresql://user:password@host:port/name")
+        raise CannotStart(ADDRESS_LIKE)
     parts = urlsplit(f"postgresql+asyncpg://{rest}")
     query = [("ssl" if name == "sslmode" else name, value) for name, value in parse_qsl(parts.query)]
+    userinfo, at, hosts = parts.netloc.rpartition("@")
+    if "," in hosts:
+        parts = parts._replace(netloc=userinfo + at)
+        query += [
+            ("host", host if host.rpartition(":")[2].isdigit() else f"{host}:5432")
+            for host in hosts.split(",")
+        ]
+        if "target_session_attrs" not in dict(query):
+            query.append(("target_session_attrs", "read-write"))
     try:
         return make_url(urlunsplit(parts._replace(query=urlencode(query))))
     except (ArgumentError, ValueError) as error:
-        raise CannotStart(
-            "FAIRDROP_DATABASE_URL must look like postgresql://user:password@host:port/name"
-        ) from error
+        raise CannotStart(ADDRESS_LIKE) from error
 
 
 def create_engine(settings: Settings, *, name: str = "fairdrop", pool: int | None = None) -> AsyncEngine:
@@ -63,24 +78,26 @@ def create_engine(settings: Settings, *, name: str = "fairdrop", pool: int | Non
 
 
 def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[str, str]) -> AsyncEngine:
+    servers = Servers(
+        url,
+        within_s=CONNECT_WITHIN_S,
+        deadline_s=deadline_s,
+        server_settings={
+            "statement_timeout": str(int(deadline_s * 1000)),
+            "lock_timeout": str(int(deadline_s * 1000)),
+            "idle_in_transaction_session_timeout": "60000",
+            "synchronous_commit": "on",
+            "timezone": "UTC",
+            **server_settings,
+        },
+    )
     engine = create_async_engine(
         url,
         pool_size=size,
         max_overflow=0,
         pool_timeout=POOL_WAIT_S,
         pool_recycle=1800,
-        connect_args={
-            "timeout": CONNECT_WITHIN_S,
-            "command_timeout": deadline_s,
-            "server_settings": {
-                "statement_timeout": str(int(deadline_s * 1000)),
-                "lock_timeout": str(int(deadline_s * 1000)),
-                "idle_in_transaction_session_timeout": "60000",
-                "synchronous_commit": "on",
-                "timezone": "UTC",
-                **server_settings,
-            },
-        },
+        async_creator=servers.connect,
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine
@@ -117,8 +134,18 @@ async def check_server(conn: AsyncConnection) -> str:
 
 
 async def durability(conn: AsyncConnection) -> str:
-    """What a failover of Postgres keeps: "local" (this server's disk) or the names of synchronous standbys."""
+    """What a failover of Postgres keeps: "local" (this server's disk) or the names of synchronous standbys.
+
+    StandbyAway: there are names, and nobody of them answers now. Ends the transaction.
+    """
     names = str((await conn.execute(text("SHOW synchronous_standby_names"))).scalar_one())
+    if names:
+        try:
+            async with asyncio.timeout(STANDBY_WITHIN_S):
+                await conn.execute(text(MARK))
+                await conn.commit()
+        except TimeoutError:
+            raise StandbyAway(names) from None
     return names or "local"
 
 

@@ -1,5 +1,34 @@
-"""One fork server for all failovers and restarts of a pytest process."""
+"""One fork server for all failovers and restarts of a pytest process; stores with their replicas."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
 
 from tests.chaos.conftest import zygote
+from tests.conftest import Stores
+from tests.ha.postgres_pair import Pair
+from tests.ha.redis_watched import Watched
 
 __all__ = ["zygote"]
+
+
+@pytest.fixture
+def watched(stores: Stores) -> Iterator[Watched]:
+    watched = Watched(stores.home / "watched")
+    try:
+        watched.start()
+        yield watched
+    finally:
+        watched.close()
+
+
+@pytest.fixture
+async def pair(stores: Stores) -> AsyncIterator[Pair]:
+    pair = Pair(stores.home / "pair")
+    try:
+        await pair.start()
+        yield pair
+    finally:
+        pair.close()

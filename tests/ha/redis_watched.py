@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -36,6 +37,7 @@ class Watched:
 
     def __init__(self, home: Path) -> None:
         make_folder(home)
+        self.home = home
         self.password = secrets.token_urlsafe(12)
         self.servers = [
             Valkey(
@@ -84,9 +86,11 @@ class Watched:
             one.start()
         self.until_in_step()
 
-    def kill(self) -> None:
+    def close(self) -> None:
+        """End them all; nothing in them is needed any more."""
         for one in (*self.sentinels, *self.servers):
             one.kill()
+        shutil.rmtree(self.home)
 
     def client(self, server: Valkey) -> redis_sync.Redis:
         return redis_sync.Redis(port=server.port, password=server.password, decode_responses=True)

@@ -1,0 +1,71 @@
+"""Several servers in one address: the one that answers and takes writes is found. Replicas: tests/ha."""
+
+from __future__ import annotations
+
+import socket
+import time
+from urllib.parse import urlsplit
+
+import pytest
+from sqlalchemy import text
+
+from app.embedded import free_port
+from app.errors import CannotStart
+from app.ledger import engine as engines
+from app.ledger import migrate
+from app.ledger.engine import driver_url
+from app.ledger.servers import NEXT_AFTER_S
+from app.settings import Settings
+
+
+def among(database_url: str, *others: int) -> str:
+    """The same database, named after servers on these ports."""
+    parts = urlsplit(database_url)
+    userinfo, _, last = parts.netloc.rpartition("@")
+    places = ",".join([*(f"127.0.0.1:{port}" for port in others), last])
+    return parts._replace(netloc=f"{userinfo}@{places}").geturl()
+
+
+async def one(url: str) -> int:
+    engine = engines.create_engine(Settings(database_url=url), pool=1)
+    try:
+        async with engine.connect() as conn:
+            return int((await conn.execute(text("SELECT 1"))).scalar_one())
+    finally:
+        await engine.dispose()
+
+
+async def test_a_server_that_is_gone_is_passed_over(database_url: str) -> None:
+    assert await one(among(database_url, free_port())) == 1
+
+
+async def test_a_server_that_is_silent_is_not_waited_for(database_url: str) -> None:
+    """Its machine is gone, or the network: nothing refuses."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        assert await one(among(database_url, silent.getsockname()[1])) == 1
+        assert time.monotonic() - began < engines.CONNECT_WITHIN_S - NEXT_AFTER_S
+
+
+async def test_why_no_server_will_do_is_told(database_url: str) -> None:
+    wrong = among(database_url, free_port()).replace(urlsplit(database_url).password or "", "wrong")
+    with pytest.raises(Exception, match="password authentication failed"):
+        await one(wrong)
+
+
+def test_migrations_find_it_too(database_url: str) -> None:
+    assert migrate.pending(among(database_url, free_port())) == []
+
+
+def test_several_servers_are_read_in_full() -> None:
+    url = driver_url("postgresql://we:a%40b@h1,h2:5433/shop?sslmode=require")
+    _, options = url.get_dialect()().create_connect_args(url)
+    assert options == {
+        "host": ["h1", "h2"], "port": [5432, 5433], "user": "we", "password": "a@b", "database": "shop",
+        "ssl": "require", "target_session_attrs": "read-write",
+    }  # fmt: skip
+
+
+def test_an_address_that_is_none_is_one_clear_sentence() -> None:
+    with pytest.raises(CannotStart, match="FAIRDROP_DATABASE_URL must look like"):
+        driver_url("postgresql://a:b@h1:x:y/shop")
