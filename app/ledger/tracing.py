@@ -36,8 +36,10 @@ steps AS (
       FROM deadline_extension WHERE order_no = :order_no
     UNION ALL SELECT paid_at, 'pay', 'paid', '{}' FROM its
     UNION ALL SELECT ended_at, 'release', state, jsonb_build_object('reason', reason) FROM its
-    UNION ALL SELECT created_at, 'release', 'Redis to be told: ' || kind, payload FROM outbox WHERE order_no = :order_no
-    UNION ALL SELECT done_at, 'release', 'Redis told: ' || kind, jsonb_build_object('state', state, 'tries', tries)
+    UNION ALL SELECT created_at, CASE kind WHEN 'mark' THEN 'tell' ELSE 'release' END,
+           'Redis to be told: ' || kind, payload FROM outbox WHERE order_no = :order_no
+    UNION ALL SELECT done_at, CASE kind WHEN 'mark' THEN 'tell' ELSE 'release' END,
+           'Redis told: ' || kind, jsonb_build_object('state', state, 'tries', tries)
       FROM outbox WHERE order_no = :order_no
     UNION ALL SELECT created_at, 'release', 'refund wanted',
            jsonb_build_object('amount_minor', amount_minor, 'currency', currency, 'reason', reason)
