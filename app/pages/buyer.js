@@ -5,7 +5,7 @@
 const WORDS = {
   en: {
     sales: "Sales", noSales: "There is no sale at the moment.", choose: "Choose", leave: "Leave the line", leaveOrder: "Give it back",
-    draw: "How the draw works", phone: "Phone number for the result (optional)", join: "Join", joinDraw: "Join the draw", joining: "One moment…",
+    draw: "How the draw works", phone: "Phone number for the result (optional)", units: "How many", join: "Join", joinDraw: "Join the draw", joining: "One moment…",
     again: "Join again", login: "Open this page from the shop's app to take part.", pay: "Pay", preparing: "The payment link is being made…",
     retryPay: "Get a new payment link", offline: "No connection, trying again…", busy: "Very busy, trying again…",
     lineOpensIn: "The line opens in", opensIn: "The sale starts in", isOpen: "The sale is open", isPaused: "Paused for a moment. Your place is kept.",
@@ -22,7 +22,7 @@ const WORDS = {
   },
   zh: {
     sales: "抢购活动", noSales: "目前没有活动。", choose: "请选择", leave: "退出排队", leaveOrder: "放弃名额",
-    draw: "抽签规则", phone: "接收结果的手机号（选填）", join: "立即抢购", joinDraw: "参加抽签", joining: "请稍候…",
+    draw: "抽签规则", phone: "接收结果的手机号（选填）", units: "数量", join: "立即抢购", joinDraw: "参加抽签", joining: "请稍候…",
     again: "重新排队", login: "请从商城打开本页面参加。", pay: "去支付", preparing: "正在生成支付链接…",
     retryPay: "重新获取支付链接", offline: "网络不稳定，正在重试…", busy: "人数较多，正在重试…",
     lineOpensIn: "距开始排队", opensIn: "距开抢", isOpen: "正在抢购", isPaused: "活动暂停，您的位置已保留。",
@@ -202,7 +202,11 @@ function paintItems() {
     });
     box.dataset.key = key;
   }
-  box.disabled = Boolean(ticket && !ENDED.has(ticket.state));
+  const units = $("units");
+  if (units.length !== sale.limit_per_buyer) units.replaceChildren(...Array.from({ length: sale.limit_per_buyer }, (_, at) => new Option(at + 1)));
+  show("many", sale.limit_per_buyer > 1);
+  box.disabled = units.disabled = Boolean(ticket && !ENDED.has(ticket.state));
+  if (box.disabled) units.value = ticket.units;
   for (const radio of box.querySelectorAll("input")) if (ticket && radio.value === ticket.sku && box.disabled) radio.checked = true;
 }
 function paintTicket() {
@@ -252,7 +256,7 @@ async function getPass() {
 async function join(again) {
   if (!pass && !(await getPass())) return;
   for (let tries = 0; tries < 40; tries++) { // the same request again is always safe: one buyer, one ticket
-    const answer = await call("POST", `/v1/sales/${saleId}/tickets`, { body: { sku: sku(), units: 1, ...(again ? { again: true } : {}) }, auth: identity() });
+    const answer = await call("POST", `/v1/sales/${saleId}/tickets`, { body: { sku: sku(), units: Number($("units").value) || 1, ...(again ? { again: true } : {}) }, auth: identity() });
     if (answer.status === 200 || answer.status === 202) {
       failures = 0;
       if (answer.doc.ticket) keep(answer.doc); else { trouble = T.isSoldOut; sale.state = "sold_out"; }
@@ -288,9 +292,9 @@ $("leave").addEventListener("click", () => { if (confirm(T.sure)) once(async () 
 
 // --- loops
 async function follow() { // the ticket, as often as the server says
-  const kept = store.get("ticket:" + saleId);
-  if (kept) {
-    const answer = await call("GET", `/v1/tickets/${kept}`, { auth: identity() });
+  const kept = store.get("ticket:" + saleId); // a new phone or a cleared browser keeps none: ask for the newest one by name
+  if (kept || token || pass) {
+    const answer = await call("GET", kept ? `/v1/tickets/${kept}` : `/v1/sales/${saleId}/ticket`, { auth: identity() });
     if (answer.status === 200) keep(answer.doc);
     else if (answer.status === 404) store.drop("ticket:" + saleId);
     else if (answer.status === 401) { pass = null; store.drop("pass:" + saleId); }
