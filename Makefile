@@ -51,7 +51,7 @@ up: $(MADE) ## run stores, front, office, worker and sandbox until Ctrl-C
 
 .PHONY: load
 load: $(MADE_DEV) ## reproduce a peak with Locust, short and headless, with a verdict from the audit
-	@$(BIN)/python -m loadtest.run $(ARGS)
+	@$(BIN)/fairdrop rehearse $(ARGS)
 
 .PHONY: bench
 bench: $(MADE_DEV) ## measure every goal of the hot path at rest, some ten minutes; ARGS="--quick" to try it

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -410,25 +411,38 @@ def token(
     print(jwt.encode(claims, secret, algorithm="HS256"))
 
 
-@app.command(
-    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def bench(context: typer.Context) -> None:
-    """Measure every goal of the hot path on this machine, against the limits of its own server. Needs the checkout."""
+def _of_checkout(module: str, args: list[str]) -> NoReturn:
+    """Run a command of loadtest/, which an installed wheel does not have; it reads its own options."""
     try:
-        from loadtest.bench.command import main as run_bench
+        run = import_module(module).main
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("loadtest", "psutil"):
             raise
         raise CannotStart(
-            "the benchmark is part of the checkout and needs its development packages: run `make bench` there"
+            "this command is part of the checkout and needs its development packages: run it there, after `make test`"
         ) from error
-    raise typer.Exit(run_bench(context.args))
+    raise typer.Exit(run(args))
+
+
+ITS_OWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(add_help_option=False, context_settings=ITS_OWN_OPTIONS)
+def bench(context: typer.Context) -> None:
+    """Measure every goal of the hot path on this machine, against the limits of its own server. Needs the checkout."""
+    _of_checkout("loadtest.bench.command", context.args)
+
+
+@app.command(add_help_option=False, context_settings=ITS_OWN_OPTIONS)
+def rehearse(context: typer.Context) -> None:
+    """Play a peak with Locust against servers of its own or running ones, and judge it. Needs the checkout."""
+    _of_checkout("loadtest.run", context.args)
 
 
 # A command starts faster when those that it is not are left alone.
 OWN_COMMANDS = (
     "up", "front", "office", "worker", "sandbox", "migrate", "token", "rotate-keys", "reconcile-bill", "bench",
+    "rehearse",
 )  # fmt: skip
 
 

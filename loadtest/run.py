@@ -1,6 +1,6 @@
 """A short, whole load test in one command: start `fairdrop up`, send the crowd, pronounce the verdict, stop.
 
-    python -m loadtest.run --users 500 --units 50
+    fairdrop rehearse --users 500 --units 50
 
 Exit status 0: every promise was kept; 1: one was broken; 2: it could not start. `--urls` tests servers that run
 already instead.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 START_WITHIN_S = 90.0
@@ -102,9 +102,10 @@ def run_locust(urls: Path, options: argparse.Namespace) -> int:
     return subprocess.run(judge, cwd=CHECKOUT).returncode or status
 
 
-def main() -> int:
+def main(args: Sequence[str] | None = None) -> int:
+    """The command. args: without the program's name; None: those of this process."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fairdrop rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--users", type=int, default=500, help="people: shoppers, bots, refreshers")
     parser.add_argument(
@@ -127,7 +128,7 @@ def main() -> int:
     parser.add_argument(
         "--history", type=Path, help="write and judge the history of the run (docs/history.md)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     if options.urls is not None:
         return run_locust(options.urls, options)
     with tempfile.TemporaryDirectory(prefix="fairdrop-load-") as folder:

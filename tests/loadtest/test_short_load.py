@@ -14,7 +14,18 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_short_peak_keeps_every_promise() -> None:
-    command = [sys.executable, "-m", "loadtest.run", "--users", "150", "--spawn-rate", "100", "--units", "15"]
+    command = [
+        sys.executable,
+        "-m",
+        "app.cli",
+        "rehearse",
+        "--users",
+        "150",
+        "--spawn-rate",
+        "100",
+        "--units",
+        "15",
+    ]
     command += ["--opens-in-s", "5", "--open-for-s", "6", "--pay-within-s", "3", "--run-time-s", "60"]
     done = subprocess.run(
         command, cwd=CHECKOUT, capture_output=True, text=True, timeout=170, stdin=subprocess.DEVNULL
