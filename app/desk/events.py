@@ -25,7 +25,7 @@ from app.desk.shapes import (
     endpoint_out,
     event_out,
     exact,
-    next_cursor,
+    listed,
     read_cursor,
 )
 from app.desk.wiring import TheDesk, reading
@@ -151,11 +151,9 @@ async def list_endpoints(
     after = None if behind is None else (datetime.fromisoformat(behind[0]), str(behind[1]))
     async with reading(desk) as conn:
         rows = await operators.endpoints(conn, limit=limit, after=after)
-    last = [exact(rows[-1].created_at), rows[-1].id] if rows else None
-    return {
-        "data": [endpoint_out(row) for row in rows],
-        "next_cursor": next_cursor(desk.ring, "webhooks", len(rows), limit, last),
-    }
+    return listed(
+        desk.ring, "webhooks", limit, rows, endpoint_out, lambda row: [exact(row.created_at), row.id]
+    )
 
 
 class RotateIn(Body):

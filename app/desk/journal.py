@@ -15,7 +15,7 @@ from app.desk.shapes import (
     Limit,
     Page,
     entry_out,
-    next_cursor,
+    listed,
     read_cursor,
 )
 from app.desk.wiring import TheDesk, reading
@@ -41,11 +41,7 @@ async def page(
         rows = await journal.page(
             conn, limit=limit, before=None if behind is None else int(behind[0]), sale=sale
         )
-    last = [rows[-1].id] if rows else None
-    return {
-        "data": [entry_out(row) for row in rows],
-        "next_cursor": next_cursor(desk.ring, "journal", len(rows), limit, last),
-    }
+    return listed(desk.ring, "journal", limit, rows, entry_out, lambda row: [row.id])
 
 
 @router.get(JOURNAL + "/verify", response_model=ChainOut, responses=READ, summary="Recompute the whole chain")

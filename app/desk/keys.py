@@ -20,7 +20,7 @@ from app.desk.shapes import (
     Page,
     exact,
     key_out,
-    next_cursor,
+    listed,
     read_cursor,
 )
 from app.desk.wiring import TheDesk, reading
@@ -86,11 +86,7 @@ async def list_keys(
     after = None if behind is None else (datetime.fromisoformat(behind[0]), str(behind[1]))
     async with reading(desk) as conn:
         rows = await operators.keys(conn, limit=limit, after=after)
-    last = [exact(rows[-1].created_at), rows[-1].id] if rows else None
-    return {
-        "data": [key_out(row) for row in rows],
-        "next_cursor": next_cursor(desk.ring, "keys", len(rows), limit, last),
-    }
+    return listed(desk.ring, "keys", limit, rows, key_out, lambda row: [exact(row.created_at), row.id])
 
 
 @router.delete(

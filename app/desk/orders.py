@@ -28,7 +28,7 @@ from app.desk.shapes import (
     Out,
     Page,
     SalePath,
-    next_cursor,
+    listed,
     order_out,
     read_cursor,
 )
@@ -88,11 +88,7 @@ async def list_orders(
     async with reading(desk) as conn:
         await found(conn, sale)
         rows = await orders.page(conn, sale, state, after, limit, numbers)
-    last = [rows[-1]["sku"], rows[-1]["epoch"], rows[-1]["seq"]] if rows else None
-    return {
-        "data": [order_out(row) for row in rows],
-        "next_cursor": next_cursor(desk.ring, kind, len(rows), limit, last),
-    }
+    return listed(desk.ring, kind, limit, rows, order_out, lambda row: [row["sku"], row["epoch"], row["seq"]])
 
 
 @router.get(

@@ -27,7 +27,7 @@ from app.desk.shapes import (
     Page,
     When,
     format_ms,
-    next_cursor,
+    listed,
     read_cursor,
 )
 from app.desk.wiring import Desk, TheDesk
@@ -163,11 +163,7 @@ async def history(
     rows = await history_of(desk, name, limit, None if behind is None else str(behind[0]))
     if not rows and all(one["name"] != name for one in await breakers(desk)):
         raise refuse("no_such_provider")
-    last = [rows[-1][0]] if rows else None
-    return {
-        "data": [told for _, told in rows],
-        "next_cursor": next_cursor(desk.ring, f"history:{name}", len(rows), limit, last),
-    }
+    return listed(desk.ring, f"history:{name}", limit, rows, lambda row: row[1], lambda row: [row[0]])
 
 
 @router.post(

@@ -26,7 +26,7 @@ from app.desk.shapes import (
     SalePath,
     SaleState,
     exact,
-    next_cursor,
+    listed,
     read_cursor,
     sale_out,
 )
@@ -154,11 +154,14 @@ async def list_sales(
     before = None if behind is None else (datetime.fromisoformat(behind[0]), str(behind[1]))
     async with reading(desk) as conn:
         rows = await sales.page(conn, limit=limit, before=before, state=state)
-    last = [exact(rows[-1].created_at), rows[-1].id] if rows else None
-    return {
-        "data": [shown_sale(row).body for row in rows],
-        "next_cursor": next_cursor(desk.ring, "sales", len(rows), limit, last),
-    }
+    return listed(
+        desk.ring,
+        "sales",
+        limit,
+        rows,
+        lambda row: shown_sale(row).body,
+        lambda row: [exact(row.created_at), row.id],
+    )
 
 
 @router.get(ADMIN + "/{sale}", response_model=SaleOut, responses=READ, summary="One sale, with its ETag")

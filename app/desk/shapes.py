@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -367,9 +367,20 @@ def read_cursor(ring: Keyring, kind: str, text: str | None) -> list[Any] | None:
     return payload
 
 
-def next_cursor(ring: Keyring, kind: str, rows: int, limit: int, payload: list[Any] | None) -> str | None:
-    """The cursor behind a full page; a page that is not full is the last."""
-    return ring.cursor_sign(kind, payload) if rows == limit and payload is not None else None
+def listed(
+    ring: Keyring,
+    kind: str,
+    limit: int,
+    rows: Sequence[T],
+    shown: Callable[[T], Any],
+    behind: Callable[[T], list[Any]],
+) -> dict[str, Any]:
+    """One page of a list: rows as they are `shown`, and the cursor `behind` the last one if the page is full."""
+    more = rows and len(rows) == limit
+    return {
+        "data": [shown(row) for row in rows],
+        "next_cursor": ring.cursor_sign(kind, behind(rows[-1])) if more else None,
+    }
 
 
 def format_ms(now_ms: int) -> str:

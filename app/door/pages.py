@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,11 +11,8 @@ from fastapi import APIRouter, Request, Response
 
 from app.problems import refuse
 
-router = APIRouter(include_in_schema=False)
-
 PAGES = Path(__file__).resolve().parent.parent / "pages"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-FILES = ("buyer.js", "buyer.css", "docs.js", "docs.css", "icon.svg")
 # Scripts and styles only from here; the shop may embed the page to hand over the buyer's token.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -44,28 +42,28 @@ def page(request: Request, name: str) -> Response:
     return Response(body, headers=headers | {"content-type": f"{kind}; charset=utf-8"})
 
 
-@router.get("/")
-async def sales_page(request: Request) -> Response:
-    return page(request, "buyer.html")
+def pages(of_paths: Mapping[str, str], files: Collection[str]) -> APIRouter:
+    """The pages of one server by their paths, its /docs, and the files that they use."""
+    router = APIRouter(include_in_schema=False)
+
+    def serve(path: str, name: str) -> None:
+        @router.get(path)
+        async def one(request: Request) -> Response:
+            return page(request, name)
+
+    for path, name in {**of_paths, "/docs": "docs.html", "/favicon.ico": "icon.svg"}.items():
+        serve(path, name)
+
+    @router.get("/pages/{name}")
+    async def file(request: Request, name: str) -> Response:
+        if name not in files:
+            raise refuse("not_found")
+        return page(request, name)
+
+    return router
 
 
-@router.get("/s/{sale}")
-async def sale_page(request: Request, sale: str) -> Response:
-    return page(request, "buyer.html")
-
-
-@router.get("/docs")
-async def docs_page(request: Request) -> Response:
-    return page(request, "docs.html")
-
-
-@router.get("/pages/{name}")
-async def file(request: Request, name: str) -> Response:
-    if name not in FILES:
-        raise refuse("not_found")
-    return page(request, name)
-
-
-@router.get("/favicon.ico")
-async def icon(request: Request) -> Response:
-    return page(request, "icon.svg")
+router = pages(
+    {"/": "buyer.html", "/s/{sale}": "buyer.html"},
+    {"buyer.js", "buyer.css", "docs.js", "docs.css", "icon.svg"},
+)
