@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from app.errors import DidNotHappen, Unknown
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+log = logging.getLogger("fairdrop.batcher")
 
 
 class Full(DidNotHappen):
@@ -18,11 +22,10 @@ class Full(DidNotHappen):
 
 
 class Batcher(Generic[T, R]):
-    """Sends submitted items in batches; each future gets the result at its place, or the error of its batch.
+    """Sends submitted items in batches; each is told the result at its place, or the error of its batch.
 
     send: takes 1..batch_max items and returns as many results, in order. An error of `send` goes to every item of the
     batch as it is (DidNotHappen or Unknown). At most in_flight_max calls at once, at most queue_max items waiting.
-    An item whose future was cancelled before it was sent is not sent.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class Batcher(Generic[T, R]):
         self.in_flight = 0
         self.batches = 0  # sent so far, for metrics: items / batches is the mean batch
         self.items = 0
-        self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
+        # what is to be sent, who is told, and the future of somebody who may stop waiting
+        self._queue: deque[tuple[T, Callable[[R | Exception], None], asyncio.Future[R] | None]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._woken = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -52,18 +56,27 @@ class Batcher(Generic[T, R]):
         """The item that has been queued for longest; None: nobody waits."""
         return self._queue[0][0] if self._queue else None
 
-    def submit(self, item: T) -> asyncio.Future[R]:
-        """Queue one item. Raises Full at the maximum. Everything submitted in one turn of the loop goes together."""
+    def put(
+        self, item: T, tell: Callable[[R | Exception], None], future: asyncio.Future[R] | None = None
+    ) -> None:
+        """Queue one item; `tell` is called once, with its result or with the error as a value.
+
+        Raises Full at the maximum. Everything put in one turn of the loop goes together. future: of whoever is told;
+        an item whose future is done (cancelled) before it is sent is not sent.
+        """
         if len(self._queue) >= self.queue_max:
             raise Full(f"{self.queue_max} buyers are queued in this process")
-        loop = self._loop
-        if loop is None:
-            loop = self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-        self._queue.append((item, future))
+        self._queue.append((item, tell, future))
         if not self._woken and self.in_flight < self.in_flight_max:
             self._woken = True
-            loop.call_soon(self._wake)
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._wake)
+
+    def submit(self, item: T) -> asyncio.Future[R]:
+        """The same for whoever would rather wait: the future gets the result or the error."""
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self.put(item, partial(settle, future), future)
         return future
 
     async def drain(self) -> None:
@@ -78,33 +91,33 @@ class Batcher(Generic[T, R]):
         self._woken = False
         assert self._loop is not None
         while self._queue and self.in_flight < self.in_flight_max:
-            batch: list[tuple[T, asyncio.Future[R]]] = []
-            while self._queue and len(batch) < self.batch_max:
-                entry = self._queue.popleft()
-                if not entry[1].done():
-                    batch.append(entry)
-            if batch:
+            items: list[T] = []
+            tells: list[Callable[[R | Exception], None]] = []
+            while self._queue and len(items) < self.batch_max:
+                item, tell, future = self._queue.popleft()
+                if future is None or not future.done():
+                    items.append(item)
+                    tells.append(tell)
+            if items:
                 self.in_flight += 1
                 self.batches += 1
-                self.items += len(batch)
-                task = self._loop.create_task(self._run(batch))
+                self.items += len(items)
+                task = self._loop.create_task(self._run(items, tells))
                 self._running.add(task)
                 task.add_done_callback(self._ran)
 
-    async def _run(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+    async def _run(self, items: list[T], tells: list[Callable[[R | Exception], None]]) -> None:
+        results: Sequence[R | Exception]
         try:
-            results = await self._send([item for item, _ in batch])
-            if len(results) != len(batch):
-                raise Unknown(f"{len(batch)} items were sent and {len(results)} results came")
+            results = await self._send(items)
+            if len(results) != len(items):
+                raise Unknown(f"{len(items)} items were sent and {len(results)} results came")
         except asyncio.CancelledError:
-            self._fail(batch, Unknown("the process is stopping"))
+            self._tell(tells, [Unknown("the process is stopping")] * len(tells))
             raise
-        except Exception as error:  # noqa: BLE001  nothing is swallowed: it goes to every waiter
-            self._fail(batch, error)
-        else:
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+        except Exception as error:  # noqa: BLE001  nothing is swallowed: everyone is told
+            results = [error] * len(tells)
+        self._tell(tells, results)
 
     def _ran(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -112,7 +125,19 @@ class Batcher(Generic[T, R]):
         self._wake()
 
     @staticmethod
-    def _fail(batch: list[tuple[T, asyncio.Future[R]]], error: Exception) -> None:
-        for _, future in batch:
-            if not future.done():
-                future.set_exception(error)
+    def _tell(tells: list[Callable[[R | Exception], None]], results: Sequence[R | Exception]) -> None:
+        for tell, result in zip(tells, results, strict=True):
+            try:
+                tell(result)
+            except Exception:
+                log.exception("could not tell one of a batch")  # the others are told all the same
+
+
+def settle(future: asyncio.Future[Any], given: Any) -> None:
+    """Give a future its result, or its error as a value, unless nobody waits for it any more."""
+    if future.done():
+        return
+    if isinstance(given, Exception):
+        future.set_exception(given)
+    else:
+        future.set_result(given)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hmac
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -53,6 +53,10 @@ def ticket_id(ticket: Ticket) -> str:
 
 
 _TICKET = struct.Struct(">BBIHQH10s")  # format, key id, epoch, item, seq, units, ticket hash; then the sale
+_ITEM, _PLACE = (
+    struct.Struct(">BBIH"),
+    struct.Struct(">QH10s"),
+)  # _TICKET, cut where tickets of an item differ
 _PASS = struct.Struct(">BBBQ")  # format, key id, flags, expires_ms; then the MAC and the buyer id
 _PASS_CUT = _PASS.size + MAC_BYTES
 
@@ -64,8 +68,8 @@ _FROM_URL = bytes.maketrans(
 _PADDING = (b"", b"!", b"==", b"=")  # by length mod 4; a remainder of 1 is no base64
 
 
-def _encode(raw: bytes) -> str:
-    return b2a_base64(raw, newline=False).translate(_TO_URL).rstrip(b"=").decode("ascii")
+def _encode(raw: bytes) -> bytes:
+    return b2a_base64(raw, newline=False).translate(_TO_URL).rstrip(b"=")
 
 
 def _decode(text: str | bytes, longest: int) -> bytes | None:
@@ -131,6 +135,12 @@ class Keyring:
         """What stands for the buyer in the draw and in the token; nobody without the key can tell whose it is."""
         return _mac(self._first.of_hash, _whose(sale, sku, buyer_id))
 
+    def ticket_hashes(self, sale: str, sku: str, buyer_ids: Iterable[bytes]) -> list[bytes]:
+        """`ticket_hash` of many buyers of one item."""
+        begun = self._first.of_hash.copy()
+        begun.update(_whose(sale, sku, b""))
+        return [_mac(begun, buyer_id) for buyer_id in buyer_ids]
+
     def ticket_hash_is(self, ticket_hash: bytes, sale: str, sku: str, buyer_id: bytes | str) -> bool:
         """Whether this hash is this buyer's, under any of the keys: the token belongs to whoever asks."""
         whose = _whose(sale, sku, buyer_id)
@@ -138,11 +148,22 @@ class Keyring:
 
     def ticket_sign(self, ticket: Ticket) -> str:
         """At most 128 URL-safe characters. Sale at most 48 characters (ASCII)."""
+        sign = self.ticket_signer(ticket.sale, ticket.epoch, ticket.item)
+        return sign(ticket.seq, ticket.units, ticket.ticket_hash).decode("ascii")
+
+    def ticket_signer(self, sale: str, epoch: int, item: int) -> Callable[[int, int, bytes], bytes]:
+        """`ticket_sign` for many tickets of one item: sign(seq, units, ticket_hash) gives the text as bytes."""
         key = self._first
-        body = _TICKET.pack(
-            FORMAT, key.id, ticket.epoch, ticket.item, ticket.seq, ticket.units, ticket.ticket_hash
-        ) + ticket.sale.encode("ascii")
-        return _encode(body + _mac(key.of_ticket, body))
+        keyed, pack = key.of_ticket, _PLACE.pack
+        before, after = _ITEM.pack(FORMAT, key.id, epoch, item), sale.encode("ascii")
+
+        def sign(seq: int, units: int, ticket_hash: bytes) -> bytes:
+            body = before + pack(seq, units, ticket_hash) + after
+            mac = keyed.copy()
+            mac.update(body)
+            return _encode(body + mac.digest())
+
+        return sign
 
     def ticket_read(self, text: str) -> Ticket | None:
         raw = _decode(text, 128)
@@ -163,7 +184,8 @@ class Keyring:
         if not 1 <= len(buyer_id) <= 128:
             raise ValueError("a buyer_id has 1 to 128 bytes")
         head = _PASS.pack(FORMAT, key.id, granted.flags, granted.expires_ms)
-        return _encode(head + _mac(key.of_pass, _pass_body(head, granted.sale, buyer_id)) + buyer_id)
+        mac = _mac(key.of_pass, _pass_body(head, granted.sale, buyer_id))
+        return _encode(head + mac + buyer_id).decode("ascii")
 
     def pass_read(self, text: str | bytes, sale: str, now_ms: int) -> bytes | None:
         """The buyer_id, if this pass is ours, for this sale, and has not ended."""
@@ -191,7 +213,7 @@ class Keyring:
         """An opaque place in a list. payload: JSON values. `kind` is under the MAC: it works for no other."""
         key = self._first
         body = bytes((FORMAT, key.id)) + msgspec.json.encode(payload)
-        return _encode(body + _mac(key.of_cursor, kind.encode() + b"\0" + body))
+        return _encode(body + _mac(key.of_cursor, kind.encode() + b"\0" + body)).decode("ascii")
 
     def cursor_read(self, kind: str, text: str) -> list[Any] | None:
         raw = _decode(text, CURSOR_MAX)

@@ -22,7 +22,8 @@ from app.overload import CROWD_MIN, Gate
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
-Reply = Callable[[bytes], None]  # takes a whole response, once
+Tell = Callable[[Any], None]  # takes what an answer is made of
+Hot = Callable[[Headers, bytes, Tell], Any]  # answers a request from its headers and body
 
 _NOT_HOT = frozenset((b"connection", b"expect", b"transfer-encoding", b"upgrade"))
 
@@ -31,13 +32,14 @@ _NOT_HOT = frozenset((b"connection", b"expect", b"transfer-encoding", b"upgrade"
 class Express(Protocol):
     """An application's express lane."""
 
-    def finds(self, method: bytes, target: bytes) -> Callable[[Headers, bytes], Any] | None:
+    def finds(self, method: bytes, target: bytes) -> Hot | None:
         """What answers this request, or None: it is not hot."""
 
-    def answer(
-        self, hot: Callable[[Headers, bytes], Any], headers: Headers, body: bytes, date: bytes, reply: Reply
-    ) -> None:
-        """Call `reply` with the response, now or later, whatever happens. date: header lines that it must hold."""
+    def ask(self, hot: Hot, headers: Headers, body: bytes, tell: Tell) -> None:
+        """Call `tell` with what the answer is made of, now or later, whatever happens."""
+
+    def response(self, given: Any, headers: Headers, date: bytes, tell: Tell) -> bytes | None:
+        """The response, or None: `tell` will be called again. headers: of the request. date: header lines to hold."""
 
     def may_wait(self, data: bytes) -> bool:
         """Whether what begins like this is a request that may be turned away (503) where too many come."""
@@ -156,7 +158,7 @@ class Wire(HttpToolsProtocol):
     _watch: asyncio.TimerHandle | None = None
     # the express lane: what will answer the request that is arriving, its headers and body; whether one is being
     # answered; since when there has been none
-    _hot: Callable[[Headers, bytes], Any] | None = None
+    _hot: Hot | None = None
     _hot_headers: Headers
     _hot_body = b""
     _answering = False
@@ -385,12 +387,20 @@ class Wire(HttpToolsProtocol):
             self._answering = True
             lane = self.lane
             assert lane.express is not None
-            date = lane.date_of(self.server_state.default_headers)
-            lane.express.answer(hot, self._hot_headers, self._hot_body, date, self._reply)
+            lane.express.ask(hot, self._hot_headers, self._hot_body, self._told)
         self._in_head = True
         self._head_bytes = 0
 
     # what follows a hot request
+
+    def _told(self, given: Any) -> None:
+        """What the answer is made of is known: send it."""
+        lane = self.lane
+        assert lane.express is not None
+        date = lane.date_of(self.server_state.default_headers)
+        response = lane.express.response(given, self._hot_headers, date, self._told)
+        if response is not None:
+            self._reply(response)
 
     def _reply(self, response: bytes) -> None:
         self._answering = False

@@ -160,3 +160,34 @@ async def test_ten_thousand_at_once_all_get_their_own_answer() -> None:
         -n for n in range(10_000)
     ]
     assert batcher.batches == 40
+
+
+async def test_who_gives_a_callback_is_told_the_result_or_the_error_as_a_value() -> None:
+    async def send(items: list[int]) -> list[int]:
+        if 13 in items:
+            raise DidNotHappen("away")
+        return [2 * item for item in items]
+
+    told: list[object] = []
+    batcher = Batcher(send, batch_max=2)
+    for item in (1, 2, 13):
+        batcher.put(item, told.append)
+    await batcher.drain()
+    assert told[:2] == [2, 4]
+    assert isinstance(told[2], DidNotHappen)
+
+
+async def test_a_callback_that_fails_keeps_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    async def send(items: list[int]) -> list[int]:
+        return items
+
+    def broken(_given: object) -> None:
+        raise RuntimeError("bug")
+
+    told: list[object] = []
+    batcher = Batcher(send)
+    batcher.put(1, broken)
+    batcher.put(2, told.append)
+    await batcher.drain()
+    assert told == [2]
+    assert "could not tell" in caplog.text

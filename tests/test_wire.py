@@ -27,22 +27,22 @@ class Shop:
     lane: int = 0
 
     def finds(self, method: bytes, target: bytes) -> Any:
-        return (lambda _headers, body: (target, body)) if target.startswith(b"/hot") else None
+        return (lambda _headers, body, _tell: (target, body)) if target.startswith(b"/hot") else None
 
     def is_shut(self, _data: bytes) -> bool:
         return False
 
-    def answer(
-        self, hot: Any, headers: Any, body: bytes, date: bytes, reply: Callable[[bytes], None]
-    ) -> None:
+    def ask(self, hot: Any, headers: Any, body: bytes, tell: Callable[[Any], None]) -> None:
         self.lane += 1
-        target, body = hot(headers, body)
+        target, body = hot(headers, body, tell)
         said = b"lane %b %b" % (target, body)
-        response = BUILT % (len(said), date, said)
         if target == b"/hot/later":
-            self.held.append(lambda: reply(response))
+            self.held.append(lambda: tell(said))
         else:
-            reply(response)
+            tell(said)
+
+    def response(self, given: Any, headers: Any, date: bytes, tell: Callable[[Any], None]) -> bytes:
+        return BUILT % (len(given), date, given)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True

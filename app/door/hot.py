@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import lru_cache, partial
-from http import HTTPStatus
+from functools import partial
 from typing import Any
 
 import structlog
@@ -19,7 +18,7 @@ import structlog
 from app.errors import FairdropError, Refusal
 from app.overload import retry_after_s
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
-from app.purchase.accept import Answer, Door, Headers, Later, settled
+from app.purchase.accept import Answer, Door, Headers, Later, Tell, settled
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -28,10 +27,10 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
-Hot = Callable[[Headers, bytes], Answer | Later]  # takes headers and body
+# Takes headers, body and who is told if the answer is known later (None).
+Hot = Callable[[Headers, bytes, Tell], Answer | Later | None]
 
 PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
-HEADS_MAX = 1_024  # prebuilt response heads kept; boards and sales have an ETag each
 
 _EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
 _VARY = (b"vary", b"Origin")
@@ -73,16 +72,9 @@ class Origins:
         return headers
 
 
-@lru_cache(HEADS_MAX)
-def _head(status: int, headers: tuple[Header, ...]) -> bytes:
-    """Status line and headers as they go over the wire, without the empty line."""
-    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
-    return b"HTTP/1.1 %d %b\r\n%b" % (status, HTTPStatus(status).phrase.encode(), lines)
-
-
 def _problem(refusal: Refusal, request_id: bytes) -> Answer:
     """A refusal as an answer; the request id is in its body too, so it is chosen before."""
-    return Answer(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
+    return Answer.of(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
 
 
 class HotRoutes:
@@ -130,20 +122,20 @@ class HotRoutes:
                 return partial(self._join, sale_id)
         return None
 
-    def _join(self, sale_id: str, headers: Headers, body: bytes) -> Answer | Later:
+    def _join(self, sale_id: str, headers: Headers, body: bytes, tell: Tell) -> Later | None:
         wish = self.door.wish(headers, body)
-        return self.door.join(sale_id, headers, wish.sku, wish.units, wish.again)
+        return self.door.join(sale_id, headers, wish.sku, wish.units, wish.again, tell)
 
-    def _poll(self, token: str, headers: Headers, _body: bytes) -> Answer | Later:
+    def _poll(self, token: str, headers: Headers, _body: bytes, _tell: Tell) -> Answer | Later:
         return self.door.poll(token, headers)
 
-    def _board(self, sale_id: str, headers: Headers, _body: bytes) -> Answer:
+    def _board(self, sale_id: str, headers: Headers, _body: bytes, _tell: Tell) -> Answer:
         return self.door.board(sale_id, headers)
 
-    def _sale(self, sale_id: str, headers: Headers, _body: bytes) -> Answer:
+    def _sale(self, sale_id: str, headers: Headers, _body: bytes, _tell: Tell) -> Answer:
         return self.door.sale(sale_id, headers)
 
-    def _time(self, _headers: Headers, _body: bytes) -> Answer:
+    def _time(self, _headers: Headers, _body: bytes, _tell: Tell) -> Answer:
         return self.door.time()
 
     # --- the express lane (app.wire.Express) -------------------------------------------------------------------------
@@ -176,46 +168,39 @@ class HotRoutes:
         answer = _problem(refusal, request_id)
         return self._response(answer, headers, date)
 
-    def answer(
-        self, hot: Hot, headers: Headers, body: bytes, date: bytes, reply: Callable[[bytes], None]
-    ) -> None:
+    def ask(self, hot: Hot, headers: Headers, body: bytes, tell: Tell) -> None:
+        given: Answer | Exception | Later | None
         try:
-            given = hot(headers, body)
-            if not isinstance(given, Answer):
-                self._wait(given, headers, date, reply)
-                return
+            given = hot(headers, body, tell)
         except Exception as error:  # noqa: BLE001 - told and logged by _refused
-            reply(self._refused(error, headers, date))
-        else:
-            reply(self._response(given, headers, date))
+            given = error
+        if given is not None:
+            tell(given)
 
-    def _wait(self, later: Later, headers: Headers, date: bytes, reply: Callable[[bytes], None]) -> None:
-        """Answer when it is known. A future needs no task; a coroutine does, and asyncio keeps no hold of it."""
-        if not isinstance(later, asyncio.Future):
-            later = asyncio.ensure_future(later)
-            self._tasks.add(later)
-            later.add_done_callback(self._tasks.discard)
-        later.add_done_callback(partial(self._settle, headers, date, reply))
+    def response(self, given: Any, headers: Headers, date: bytes, tell: Tell) -> bytes | None:
+        if type(given) is Answer:
+            return self._response(given, headers, date)
+        if isinstance(given, Exception):
+            return self._refused(given, headers, date)
+        task = asyncio.ensure_future(given)
+        self._tasks.add(task)  # asyncio keeps no hold of it
+        task.add_done_callback(partial(self._known, tell))
+        return None
 
-    def _settle(
-        self, headers: Headers, date: bytes, reply: Callable[[bytes], None], later: asyncio.Future[Any]
-    ) -> None:
-        try:
-            given = later.result()
-            if isinstance(given, Answer):
-                response = self._response(given, headers, date)
-            elif isinstance(given, Refusal):
-                response = self._refused(given, headers, date)
-            else:
-                self._wait(given, headers, date, reply)
-                return
-        except asyncio.CancelledError:
-            response = self._refused(
-                refuse("busy", "This process is stopping.", retry_after_s=1), headers, date
-            )
-        except Exception as error:  # noqa: BLE001 - told and logged by _refused
-            response = self._refused(error, headers, date)
-        reply(response)
+    def _known(self, tell: Tell, task: asyncio.Future[Any]) -> None:
+        """What was waited for is known: an answer, an error, something else to wait for, or that it will be told."""
+        self._tasks.discard(task)
+        if task.cancelled():
+            tell(refuse("busy", "This process is stopping.", retry_after_s=1))
+            return
+        error = task.exception()
+        if error is None:
+            if task.result() is not None:
+                tell(task.result())
+        elif isinstance(error, Exception):
+            tell(error)
+        else:  # a signal of the interpreter
+            raise error
 
     def _response(self, answer: Answer, headers: Headers, date: bytes) -> bytes:
         request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
@@ -224,11 +209,13 @@ class HotRoutes:
             cors = b"".join(
                 [b"%b: %b\r\n" % header for header in self._origins.headers(headers.get(b"origin"))]
             )
-        status, fixed, body = answer
-        if status == 304:  # its Content-Length would be that of the document that is not sent (RFC 9110, 8.6)
-            return b"%b%bx-request-id: %b\r\n%b\r\n" % (_head(status, fixed), date, request_id, cors)
+        head, body = answer.head, answer.body
+        if (
+            head.status == 304
+        ):  # its Content-Length would be that of the document that is not sent (RFC 9110, 8.6)
+            return b"%b%bx-request-id: %b\r\n%b\r\n" % (head.lines, date, request_id, cors)
         return b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
-            _head(status, fixed), date, len(body), request_id, cors, body,
+            head.lines, date, len(body), request_id, cors, body,
         )  # fmt: skip
 
     def _refused(self, error: Exception, headers: Headers, date: bytes) -> bytes:
@@ -267,7 +254,7 @@ class HotRoutes:
             body = await self._body(headers, receive) if method == "POST" else b""
             if body is None:
                 return
-            answer = await settled(hot(headers, body))
+            answer = await settled(partial(hot, headers, body))
         except Exception as error:  # noqa: BLE001 - told and logged by _told
             refusal = self._told(error)
             request_id = request_id_of(headers)
@@ -294,14 +281,14 @@ class HotRoutes:
         return raw
 
     async def _send(self, send: Send, headers: Headers, answer: Answer) -> None:
-        status, fixed, body = answer
+        head, body = answer.head, answer.body
         request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
-        sent = [*fixed, (b"x-request-id", request_id)]
-        if status != 304:
+        sent = [*head.headers, (b"x-request-id", request_id)]
+        if head.status != 304:
             sent.append((b"content-length", b"%d" % len(body)))
         if self._cors:
             sent += self._origins.headers(headers.get(b"origin"))
-        await send({"type": "http.response.start", "status": status, "headers": sent})
+        await send({"type": "http.response.start", "status": head.status, "headers": sent})
         await send({"type": "http.response.body", "body": body})
 
     async def _preflight(self, send: Send, headers: Headers) -> None:

@@ -87,5 +87,6 @@ async def get_pass(request: Request, sale: str, wish: PassIn | None = None) -> R
     door.counts["pass", "given"] += 1
     body = msgspec.json.encode({"pass": text, "expires_at": public.at(expires_ms)})
     return respond(
-        request, Answer(201, ((b"content-type", b"application/json"), (b"cache-control", b"no-store")), body)
+        request,
+        Answer.of(201, ((b"content-type", b"application/json"), (b"cache-control", b"no-store")), body),
     )

@@ -144,7 +144,7 @@ async def entries(
     response.headers["cache-control"] = "public, max-age=1"
     if request.scope.get("fairdrop.request_id") is None:
         response.raw_headers.extend(
-            h for h in respond(request, Answer(200, (), b"")).raw_headers if h[0] == b"x-request-id"
+            h for h in respond(request, Answer.of(200, (), b"")).raw_headers if h[0] == b"x-request-id"
         )
     return response
 

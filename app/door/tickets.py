@@ -53,8 +53,11 @@ _HEADERS = ((b"content-type", b"application/json"), (b"cache-control", b"no-stor
 )  # fmt: skip
 async def join(request: Request, sale: str, wish: JoinIn) -> Response:
     """May be repeated unchanged after a lost reply, 429 or 503: the same buyer gets the same ticket."""
-    given = door_of(request).join(sale, headers_of(request), wish.sku, wish.units, wish.again)
-    return respond(request, await settled(given))
+    join = door_of(request).join
+    return respond(
+        request,
+        await settled(lambda tell: join(sale, headers_of(request), wish.sku, wish.units, wish.again, tell)),
+    )
 
 
 @router.get(
@@ -74,7 +77,7 @@ async def newest(request: Request, sale: str) -> Response:
     summary="The ticket now",
 )
 async def poll(request: Request, ticket: str) -> Response:
-    return respond(request, await settled(door_of(request).poll(ticket, headers_of(request))))
+    return respond(request, await settled(lambda _: door_of(request).poll(ticket, headers_of(request))))
 
 
 # --- changing --------------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ async def leave(request: Request, ticket: str) -> Response:
     if mine.epoch != view.epoch:
         told = door.tracker.told_from_snapshot(token, mine, view, item)
         assert told is not None  # another epoch needs no look
-        return respond(request, Answer(200, _HEADERS, told.body))
+        return respond(request, Answer.of(200, _HEADERS, told.body))
     reply = await door.scripts.line_leave(sale=view.id, epoch=view.epoch, sku=item.sku, seq=mine.seq)
     match reply:
         case Old() | Gone():
@@ -131,7 +134,7 @@ async def leave(request: Request, ticket: str) -> Response:
             item.left.add(mine.seq)  # at once here; other front doors read it within a tick
             door.counts["leave", "left"] += 1
             told = door.tracker.told_left(token, mine, view, item)
-            return respond(request, Answer(200, _HEADERS, told.body))
+            return respond(request, Answer.of(200, _HEADERS, told.body))
         case NotWaiting(byte):
             if byte == b"p":
                 raise refuse("already_paid")
@@ -139,7 +142,7 @@ async def leave(request: Request, ticket: str) -> Response:
                 return await _ask_to_leave(request, door, token, mine, view, item, caller)
     seen = await _seen(door, view, item, mine)
     told = door.tracker.told_from_redis(token, mine, view, item, seen, True)
-    return respond(request, Answer(200, _HEADERS, told.body))
+    return respond(request, Answer.of(200, _HEADERS, told.body))
 
 
 async def _ask_to_leave(
@@ -163,7 +166,7 @@ async def _ask_to_leave(
             pass  # it has ended in the meantime
     seen = await _seen(door, view, item, ticket)
     told = door.tracker.told_from_redis(token, ticket, view, item, seen, True)
-    return respond(request, Answer(202 if seen.byte in (b"c", b"r") else 200, _HEADERS, told.body))
+    return respond(request, Answer.of(202 if seen.byte in (b"c", b"r") else 200, _HEADERS, told.body))
 
 
 @router.post(
@@ -200,11 +203,11 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
     if under_way is not None or payment.state == "starting":
         if (under_way or payment.channel) != wish.channel:
             raise refuse("payment_in_progress")
-        return respond(request, Answer(202, _HEADERS, told.body))  # the same wish again
+        return respond(request, Answer.of(202, _HEADERS, told.body))  # the same wish again
     if payment.state in ("unknown", "paid"):
         raise refuse("payment_in_progress")
     if payment.state == "ready" and payment.channel == wish.channel and not _over(payment.expires_at, door):
-        return respond(request, Answer(202, _HEADERS, told.body))
+        return respond(request, Answer.of(202, _HEADERS, told.body))
     asked = await door.scripts.ask_put(
         sale=view.id, epoch=view.epoch, sku=item.sku, seq=mine.seq, buyer_id=caller.buyer_id, kind="pay",
         arg=_arg(wish, _sealed_address(request, view, caller)), channel=wish.channel, repeat_ms=ASK_REPEAT_MS,
@@ -220,7 +223,7 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
             door.counts["pay", "asked"] += 1
     seen = await _seen(door, view, item, mine)
     told = door.tracker.told_from_redis(token, mine, view, item, seen, True)
-    return respond(request, Answer(202, _HEADERS, told.body))
+    return respond(request, Answer.of(202, _HEADERS, told.body))
 
 
 def _arg(wish: PayIn, address: str | None) -> str:
@@ -351,6 +354,6 @@ async def events(request: Request, ticket: str) -> Response:
     mine = caller is not None and door.tracker.owns(found, item, caller.buyer_id)
     told = await door.tracker.told(ticket, found, view, item, mine)
     if told.ended:
-        return respond(request, Answer(204, ((b"cache-control", b"no-store"),), b""))
+        return respond(request, Answer.of(204, ((b"cache-control", b"no-store"),), b""))
     watch = door.streams.enter()
     return TicketEvents(door.streams, watch, ticket, found, mine, told)

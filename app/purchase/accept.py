@@ -6,14 +6,17 @@ claim.py and track.py do not.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import random
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, NamedTuple, assert_never
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from http import HTTPStatus
+from typing import Any, assert_never
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +33,7 @@ from app.answers import (
     Wait,
     Waits,
 )
+from app.batcher import settle
 from app.errors import Refusal
 from app.identity import Caller, Identity, KeysNeeded, missing
 from app.link import Link
@@ -46,6 +50,7 @@ Headers = Mapping[bytes, bytes]
 
 UNITS_MAX = 100  # as the limit per buyer in a sale's document: more can never be joined for
 SKU_MAX = 64
+HEADS_MAX = 1_024  # prebuilt response heads kept; boards and sales have an ETag each
 LATENCY_BUCKETS_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 
 _JSON = (b"content-type", b"application/json")
@@ -53,29 +58,53 @@ _NO_STORE = (b"cache-control", b"no-store")
 _SECOND = (b"cache-control", b"public, max-age=1")
 
 
-class Answer(NamedTuple):
-    """A response that is ready to send. headers: all but content-length, request id and CORS."""
+class Head(msgspec.Struct, frozen=True, eq=False):
+    """Status and headers of a response, but for content-length, request id and CORS.
+
+    lines: the same as they go over the wire, without the empty line.
+    """
 
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
+    lines: bytes
+
+
+@lru_cache(HEADS_MAX)
+def head_of(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> Head:
+    first = b"HTTP/1.1 %d %b\r\n" % (status, HTTPStatus(status).phrase.encode())
+    return Head(status, headers, first + b"".join([b"%b: %b\r\n" % header for header in headers]))
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """A response that is ready to send."""
+
+    head: Head
     body: bytes
 
+    @classmethod
+    def of(cls, status: int, headers: tuple[tuple[bytes, bytes], ...], body: bytes) -> Answer:
+        return cls(head_of(status, headers), body)
 
-# What is not known yet: gives an Answer, a Refusal (as a value: one buyer's of many), or again something to wait for.
+
+# What is not known yet: gives an Answer, None (then it is told), or again something to wait for.
 Later = Awaitable[Any]
+# Is told what is known later, once: an Answer, an error as a value (one buyer's of many), or something to wait for.
+Tell = Callable[[Answer | Exception | Later], None]
 
 
-async def settled(given: Answer | Later) -> Answer:
-    """Wait for an answer as long as it takes. Raises what it was refused with."""
+async def settled(ask: Callable[[Tell], Answer | Later | None]) -> Answer:
+    """Ask, and wait for the answer as long as it takes. Raises what it was refused with."""
+    told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    given: Any = ask(partial(settle, told))
     while not isinstance(given, Answer):
-        if isinstance(given, Refusal):
-            raise given
-        given = await given
+        given = await (told if given is None else given)
     return given
 
 
 _TICKET_HEADERS = (_JSON, _NO_STORE)
-_SOLD_OUT = Answer(200, _TICKET_HEADERS, b'{"ticket":null,"state":"sold_out"}')
+_TICKET_HEAD = head_of(200, _TICKET_HEADERS)
+_NEW_TICKET_HEAD = head_of(202, _TICKET_HEADERS)
+_SOLD_OUT = Answer(_TICKET_HEAD, b'{"ticket":null,"state":"sold_out"}')
 
 
 class Join(msgspec.Struct, forbid_unknown_fields=True):
@@ -123,7 +152,7 @@ class Door:
         self.ring = ring
         self.identity = identity
         self.tracker = tracker
-        self.claims = Claims(settings, scripts, snapshots, self._joined)
+        self.claims = Claims(settings, scripts, ring, snapshots, self._joined)
         self.streams = streams
         self.link = link
         self.scripts = scripts
@@ -166,7 +195,7 @@ class Door:
     # --- public documents --------------------------------------------------------------------------------------------
 
     def time(self) -> Answer:
-        return Answer(200, _TICKET_HEADERS, b'{"now_ms":%d}' % self.snapshots.now_ms())
+        return Answer(_TICKET_HEAD, b'{"now_ms":%d}' % self.snapshots.now_ms())
 
     def sale(self, sale_id: str, headers: Headers) -> Answer:
         return self.conditional(self.documents.facts(self.view(sale_id)), headers)
@@ -179,8 +208,8 @@ class Door:
         """The document, or 304 if the caller has it."""
         given = headers.get(b"if-none-match")
         if given is not None and (given == document.etag or _matches(given, document.etag)):
-            return Answer(304, ((b"etag", document.etag), _SECOND), b"")
-        return Answer(200, (_JSON, (b"etag", document.etag), _SECOND), document.body)
+            return Answer(head_of(304, ((b"etag", document.etag), _SECOND)), b"")
+        return Answer(head_of(200, (_JSON, (b"etag", document.etag), _SECOND)), document.body)
 
     # --- join --------------------------------------------------------------------------------------------------------
 
@@ -198,8 +227,13 @@ class Door:
             raise body_refusal(JoinIn, raw)
         return wish
 
-    def join(self, sale_id: str, headers: Headers, sku: str, units: int, again: bool) -> Later:
-        """202 a new ticket; 200 the newest one, or none when there is nothing to wait for. All else is refused."""
+    def join(
+        self, sale_id: str, headers: Headers, sku: str, units: int, again: bool, tell: Tell
+    ) -> Later | None:
+        """202 a new ticket; 200 the newest one, or none when there is nothing to wait for. All else is refused.
+
+        None: `tell` is told.
+        """
         snapshots = self.snapshots
         view = snapshots.get(sale_id)
         if view is None or not snapshots.usable(view):
@@ -207,15 +241,18 @@ class Door:
         try:
             caller = self.identity.caller(headers, sale_id, snapshots.now_ms())
         except KeysNeeded:
-            return self._join_with_keys(view, headers, sku, units, again)
-        return self._place(view, caller, sku, units, again)
+            return self._join_with_keys(view, headers, sku, units, again, tell)
+        self._place(view, caller, sku, units, again, tell)
+        return None
 
     async def _join_with_keys(
-        self, view: SaleView, headers: Headers, sku: str, units: int, again: bool
-    ) -> Later:
-        return self._place(view, await self.caller(headers, view.id), sku, units, again)
+        self, view: SaleView, headers: Headers, sku: str, units: int, again: bool, tell: Tell
+    ) -> None:
+        self._place(view, await self.caller(headers, view.id), sku, units, again, tell)
 
-    def _place(self, view: SaleView, caller: Caller | None, sku: str, units: int, again: bool) -> Later:
+    def _place(
+        self, view: SaleView, caller: Caller | None, sku: str, units: int, again: bool, tell: Tell
+    ) -> None:
         """Ask for a place for somebody who is known by now."""
         if caller is None:
             raise missing()
@@ -224,44 +261,50 @@ class Door:
         item = view.items.get(sku)
         if item is None:
             raise refuse("no_such_item")
-        ticket_hash = self.ring.ticket_hash(view.id, sku, caller.buyer_id)
-        return self.claims.join(
-            view, item, ((caller.buyer_id, units, again, ticket_hash), time.perf_counter())
-        )
+        self.claims.join(view, item, (caller.buyer_id, units, again, time.perf_counter()), tell)
 
     def _joined(
         self,
         view: SaleView,
         item: ItemView,
         wishes: Sequence[Wish],
+        hashes: Sequence[bytes],
         replies: Sequence[JoinAnswer | Old | Gone],
     ) -> list[Answer | Refusal | Later]:
         """What a whole batch of buyers is told, each by the reply at the same place."""
-        now = time.perf_counter()
-        join_ms, sign, tracker = self.join_ms, self.ring.ticket_sign, self.tracker
-        sale_id, epoch, position = view.id, view.epoch, item.position
+        self._took(wishes)
+        sign = self.ring.ticket_signer(view.id, view.epoch, item.position)
+        claimed_form = self.tracker.claimed_form(view, item)
         answers: list[Answer | Refusal | Later] = []
         waiting = claimed = 0
-        for ((buyer_id, units, _, ticket_hash), began), reply in zip(wishes, replies, strict=True):
-            took_ms = (now - began) * 1000
-            join_ms[bisect_left(LATENCY_BUCKETS_MS, took_ms)] += 1
-            self.join_ms_sum += took_ms
-            kind = type(reply)
-            if kind is Waits or kind is Claimed:
-                ticket = Ticket(sale_id, epoch, position, reply.seq, units, ticket_hash)  # type: ignore[union-attr]
-                token = sign(ticket)
-                if kind is Waits:
-                    waiting += 1
-                    body = tracker.told_joined(token, ticket, view, item)
-                else:
-                    claimed += 1
-                    body = tracker.told_claimed(token, ticket, view, item)
-                answers.append(Answer(202, _TICKET_HEADERS, body))
+        for (buyer_id, units, _, _), ticket_hash, reply in zip(wishes, hashes, replies, strict=True):
+            if type(reply) is Claimed:
+                claimed += 1
+                token = sign(reply.seq, units, ticket_hash)
+                answers.append(Answer(_NEW_TICKET_HEAD, claimed_form(token, reply.seq, units, ticket_hash)))
+            elif type(reply) is Waits:
+                waiting += 1
+                token = sign(reply.seq, units, ticket_hash)
+                ticket = Ticket(view.id, view.epoch, item.position, reply.seq, units, ticket_hash)
+                body = self.tracker.told_joined(token.decode(), ticket, view, item)
+                answers.append(Answer(_NEW_TICKET_HEAD, body))
             else:
                 answers.append(self._not_new(reply, view, buyer_id))
         self.counts["join", "waiting"] += waiting
         self.counts["join", "claimed"] += claimed
         return answers
+
+    def _took(self, wishes: Sequence[Wish]) -> None:
+        """Count how long Redis took to accept a batch, in which who asked first comes first."""
+        now = time.perf_counter()
+        took_ms = [(now - asked) * 1000 for _, _, _, asked in wishes]
+        self.join_ms_sum += sum(took_ms)
+        longest, shortest = (bisect_left(LATENCY_BUCKETS_MS, took_ms[at]) for at in (0, -1))
+        if longest == shortest:
+            self.join_ms[longest] += len(took_ms)
+        else:
+            for one_ms in took_ms:
+                self.join_ms[bisect_left(LATENCY_BUCKETS_MS, one_ms)] += 1
 
     def allowed(self, view: SaleView, caller: Caller) -> None:
         """Refusal 403: the sale wants a pass (`pass_required`) or other buyers (`audience`)."""
@@ -336,7 +379,7 @@ class Door:
             raise stale()  # a sku that this view does not know: a newer epoch than ours
         token, ticket = self.tracker.token_of(view, item, seq, units, buyer_id)
         told = await self.tracker.told(token, ticket, view, item, True)
-        return Answer(200, _TICKET_HEADERS, told.body)
+        return Answer(_TICKET_HEAD, told.body)
 
     async def newest(self, sale_id: str, headers: Headers) -> Answer:
         """The caller's newest ticket of a sale; never joins. 404 `no_ticket`."""
@@ -361,7 +404,7 @@ class Door:
         if told is None:
             return self._poll_read(token, ticket, view, item, headers)
         self.counts["poll", "counted"] += 1
-        return Answer(200, _TICKET_HEADERS, told.body)
+        return Answer(_TICKET_HEAD, told.body)
 
     async def _poll_read(
         self, token: str, ticket: Ticket, view: SaleView, item: ItemView, headers: Headers
@@ -377,7 +420,7 @@ class Door:
             mine = caller is not None and tracker.owns(ticket, item, caller.buyer_id)
         told = tracker.told_from_redis(token, ticket, view, item, seen, mine)
         self.counts["poll", "read"] += 1
-        return Answer(200, _TICKET_HEADERS, told.body)
+        return Answer(_TICKET_HEAD, told.body)
 
 
 def _matches(given: bytes, etag: bytes) -> bool:

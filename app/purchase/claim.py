@@ -5,7 +5,6 @@ No timers: an idle process sends at once. A batch is of one item of one epoch; i
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
@@ -22,25 +21,29 @@ from app.problems import refuse
 from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Scripts
 from app.settings import Settings
+from app.tokens import Keyring
 
 T = TypeVar("T")
 
 CALLS_QUEUED = 1  # whole calls that wait before newcomers may be refused: fewer are a pause, not a crowd
 CROWDED_S = 0.005  # s for which joins are refused unread after one that was read had to be
 
-# ((buyer_id, units, again, ticket hash) as line_join takes it, perf_counter() when it was asked)
-Wish = tuple[tuple[bytes, int, bool, bytes], float]
+# (buyer_id, units, again, perf_counter() when it was asked)
+Wish = tuple[bytes, int, bool, float]
 Reply = JoinAnswer | Old | Gone
-# What becomes of a batch: told(view, item, wishes, replies) gives as many answers, in order.
-Told = Callable[[SaleView, ItemView, Sequence[Wish], Sequence[Reply]], list[T]]
+# What becomes of a batch: told(view, item, wishes, ticket hashes, replies) gives as many answers, in order.
+Told = Callable[[SaleView, ItemView, Sequence[Wish], Sequence[bytes], Sequence[Reply]], list[T]]
 
 
 class Claims(Generic[T]):
     """Gives buyers their places. One for a process; a batch queue for each item, none for a waiting buyer."""
 
-    def __init__(self, settings: Settings, scripts: Scripts, snapshots: Snapshots, told: Told[T]) -> None:
+    def __init__(
+        self, settings: Settings, scripts: Scripts, ring: Keyring, snapshots: Snapshots, told: Told[T]
+    ) -> None:
         self._settings = settings
         self._scripts = scripts
+        self._ring = ring
         self._snapshots = snapshots
         self._told = told
         self._crowd_min = CALLS_QUEUED * settings.batch_max
@@ -60,22 +63,22 @@ class Claims(Generic[T]):
         for queue in list(self._queues.values()):
             await queue.drain()
 
-    def join(self, view: SaleView, item: ItemView, wish: Wish) -> asyncio.Future[T]:
-        """Ask for a place; the future has what the buyer is told once Redis has accepted it.
+    def join(self, view: SaleView, item: ItemView, wish: Wish, tell: Callable[[T | Exception], None]) -> None:
+        """Ask for a place; `tell` is called with what the buyer is told, once Redis has accepted it.
 
-        Refusal 503 `busy`: too many, or for too long, wait for Redis in this process. The future's errors:
-        DidNotHappen, Unknown; the same join may simply be repeated.
+        Refusal 503 `busy`: too many, or for too long, wait for Redis in this process. `tell` may also be called with
+        DidNotHappen or Unknown, as values; the same join may simply be repeated.
         """
         queue = self._queues.get(item)
         if queue is None:
             queue = self._queues[item] = self._queue(view, item)
         if len(queue) >= self._crowd_min:
             first = queue.first
-            if first is not None and wish[1] - first[1] > self._wait_max_s:
-                self.crowded_until = wish[1] + CROWDED_S
+            if first is not None and wish[3] - first[3] > self._wait_max_s:
+                self.crowded_until = wish[3] + CROWDED_S
                 raise crowded()
         try:
-            return queue.submit(wish)
+            queue.put(wish, tell)
         except Full:
             raise crowded() from None
 
@@ -89,27 +92,29 @@ class Claims(Generic[T]):
         )
 
     def _sender(self, view: SaleView, item: ItemView) -> Callable[[list[Wish]], Coroutine[Any, Any, list[T]]]:
-        scripts, backlog_max = self._scripts, self._settings.orders_backlog_max
+        scripts, ring, backlog_max = self._scripts, self._ring, self._settings.orders_backlog_max
 
         async def send(wishes: list[Wish]) -> list[T]:
             self.batches += 1
             self.joined += len(wishes)
+            ids, units, again, _ = zip(*wishes, strict=True)
+            hashes = ring.ticket_hashes(view.id, item.sku, ids)
             reply = await scripts.line_join(
                 sale=view.id,
                 epoch=view.epoch,
                 sku=item.sku,
                 skus=view.skus,
-                buyers=[buyer for buyer, _ in wishes],
+                buyers=list(zip(ids, units, again, hashes, strict=True)),
                 backlog_max=backlog_max,
             )
             if not isinstance(reply, Joined):
-                return self._told(view, item, wishes, [reply] * len(wishes))
+                return self._told(view, item, wishes, hashes, [reply] * len(wishes))
             # As new as it gets: what is told from the snapshot must not lag behind what this process was told itself.
             if reply.served > item.served:
                 item.served = reply.served
             if reply.next_seq > item.next_seq:
                 item.next_seq = reply.next_seq
-            return self._told(view, item, wishes, reply.answers)
+            return self._told(view, item, wishes, hashes, reply.answers)
 
         return send
 

@@ -10,7 +10,8 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Mapping
+from binascii import b2a_hex
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -61,6 +62,8 @@ _DOC = (
     b'"standby":%b,"eta_s":%b,"now_ms":%d,"poll_after_ms":%b,"message":%b,"reason":%b,"order":%b,"payment":%b}'
 )
 _BOOL = (b"false", b"true")
+# The same to be filled in two steps: first what tickets of one item have in common, then what is each one's own.
+_FORM = _DOC.replace(b"%d", b"%b")
 
 
 class Status(msgspec.Struct):
@@ -265,9 +268,14 @@ class Tracker:
         slow = max(slow or 0.0, fast / 4)  # one empty second says little
         return math.ceil((ahead + 1) / fast), math.ceil((ahead + 1) / slow)
 
-    def _jittered(self, wait_ms: int) -> int:
+    def _spread(self, wait_ms: int) -> tuple[float, float]:
+        """The least time to wait, and how much of chance comes on top."""
         bounded = min(self._poll_max_ms, max(self._poll_min_ms, wait_ms))
-        return int(bounded * (0.85 + 0.3 * random.random()))
+        return 0.85 * bounded, 0.3 * bounded
+
+    def _jittered(self, wait_ms: int) -> int:
+        least, span = self._spread(wait_ms)
+        return int(least + span * random.random())
 
     def _ended(
         self,
@@ -430,28 +438,37 @@ class Tracker:
             body = b'%b,"notice":%b}' % (body[:-1], notice)
         return Told(body, key, poll)
 
-    def told_claimed(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> bytes:
-        """The document of a ticket that was claimed this moment: no order yet."""
-        rank = item.rank_of(ticket.seq)
-        return _DOC % (
-            token.encode("ascii"),
-            ticket_id(ticket).encode(),
+    def claimed_form(self, view: SaleView, item: ItemView) -> Callable[[bytes, int, int, bytes], bytes]:
+        """For tickets claimed this moment, with no order yet: fill(token, seq, units, ticket_hash) is the document."""
+        form = _FORM % (
+            b"%b",
+            b"%d-%b",
             item.head,
-            ticket.units,
+            b"%d",
             b"claimed",
             b"false",
-            ticket.seq,
-            b"null" if rank is None else b"%d" % rank,
+            b"%d",
+            b"%b",
             b"0",
             b"false",
             b"null",
-            self._snapshots.now_ms(),
-            b"%d" % self._jittered(CLAIMED_POLL_MS),
-            view.message_json,
+            b"%d" % self._snapshots.now_ms(),
+            b"%d",
+            view.message_json.replace(b"%", b"%%"),
             b"null",
             b"null",
             b"null",
         )
+        rank_of, random_part = item.rank_of, random.random
+        least, span = self._spread(CLAIMED_POLL_MS)
+
+        def fill(token: bytes, seq: int, units: int, ticket_hash: bytes) -> bytes:
+            rank = rank_of(seq)
+            rank_told = b"null" if rank is None else b"%d" % rank
+            poll_ms = int(least + span * random_part())
+            return form % (token, seq, b2a_hex(ticket_hash), units, seq, rank_told, poll_ms)
+
+        return fill
 
     def told_joined(self, token: str, ticket: Ticket, view: SaleView, item: ItemView) -> bytes:
         """The document of a ticket that has just begun to wait."""
