@@ -105,6 +105,13 @@ class Settings(BaseSettings):
     front_host: str = Field("127.0.0.1", description="address")
     front_port: int = Field(8080, description="TCP port, 0 = any")
     front_workers: int = Field(1, ge=1, le=64, description="front-door processes")
+    behind_nice: int = Field(
+        5,
+        ge=0,
+        le=19,
+        description="how much lower `up` puts the CPU priority (nice) of worker, office and sandbox than that of the"
+        " front doors and stores, so that their bursts are not what buyers wait for",
+    )
     office_host: str = Field("127.0.0.1", description="address")
     office_port: int = Field(8081, description="TCP port, 0 = any")
     hooks_port: int = Field(
@@ -310,7 +317,7 @@ class Settings(BaseSettings):
 
     # suppliers
     payment_provider: str = Field("sandbox", description="payment supplier")
-    sms_provider: str = Field("sandbox", description="SMS supplier")
+    sms_provider: str = Field("sandbox-sms", description="SMS supplier")
     sandbox_url: str = Field("http://127.0.0.1:8083", description="address of the sandbox supplier")
     sandbox_2_url: str = Field(
         "", description="address of a second sandbox, the supplier `sandbox-2`: to see how one stands in"
@@ -365,6 +372,11 @@ class Settings(BaseSettings):
         description="ms the first open interval lasts, ± 20 %; doubles after each failed recovery",
     )
     breaker_open_max_ms: int = Field(30_000, ge=100, description="ms an open interval lasts at most, ± 20 %")
+    breaker_payment_open_max_ms: int = Field(
+        10_000,
+        ge=100,
+        description="ms, the same for payment suppliers: buyers whose time runs wait for the end of this interval",
+    )
     breaker_probes_max: int = Field(5, ge=1, le=1_000, description="calls that probe a supplier in half-open")
     breaker_history_max: int = Field(
         1_000, ge=10, description="transitions of each supplier kept for operators, the newest"
@@ -378,7 +390,7 @@ class Settings(BaseSettings):
     sms_also: str = Field(
         "",
         description="comma-separated further SMS suppliers, in order: aliyun-sms, tencent-sms, twilio,"
-        " sandbox, sandbox-2",
+        " sandbox-sms, sandbox-sms-2",
     )
 
     payment_routes: str = Field(

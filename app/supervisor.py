@@ -55,6 +55,7 @@ from app.telemetry import MULTIPROCESS_DIR, forget_process, prepare_metrics
 ANSWERS_WITHIN_S = 60.0  # a process that has not answered /healthz by then never will
 STOPS_WITHIN_S = 15.0  # beyond drain_s and close_within_s; then it is killed
 LOOK_EVERY_S = 0.1
+NICE_MAX = 19  # the lowest priority there is
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
 HEALTHY_AFTER_S = 30.0  # a process that lived this long starts with a short pause again
@@ -125,7 +126,9 @@ class Process:
         environment: Mapping[str, str],
         wire: socket.socket | None = None,
         metrics_dir: Path | None = None,
+        nice: int = 0,
     ) -> None:
+        """nice: how much below our own its CPU priority is."""
         self.name = name
         self.url = url
         self.log_path = log_path
@@ -134,6 +137,7 @@ class Process:
         self._environment = dict(environment)
         self._wire = wire
         self._metrics_dir = metrics_dir
+        self._nice = nice
         self._log_from = 0
 
     @property
@@ -170,6 +174,10 @@ class Process:
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C in the terminal is for the parent, which stops things in order
             )
+        if self._nice:
+            ours = os.getpriority(os.PRIO_PROCESS, 0)
+            # Still one thread: those that it starts inherit it.
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, min(NICE_MAX, ours + self._nice))
 
     def ready(self) -> bool:
         return answers(self.url)
@@ -458,7 +466,8 @@ class Up:
         logs = self.data_dir / "logs"
 
         def process(name: str, port: int, wire: socket.socket | None = None) -> Process:
-            return Process(name, [name], f"http://127.0.0.1:{port}", logs / f"{name}.log", environment, wire)
+            url, log_path = f"http://127.0.0.1:{port}", logs / f"{name}.log"
+            return Process(name, [name], url, log_path, environment, wire, nice=self.settings.behind_nice)
 
         self._processes = [
             process("sandbox", self.sandbox_port, self._sandbox_wire),

@@ -139,6 +139,11 @@ def test_everything_answers_and_urls_json_is_complete_and_private(shared: UpProc
         urls["pids"]
     )
     assert all(psutil.pid_exists(pid) for pid in urls["pids"].values())
+    priority = {name: psutil.Process(pid).nice() for name, pid in urls["pids"].items()}
+    ours = priority["up"]
+    behind = min(19, ours + 5)  # FAIRDROP_BEHIND_NICE: what buyers wait for goes first
+    assert [priority[name] for name in ("front-1", "front-2", "valkey", "postgres")] == [ours] * 4
+    assert [priority[name] for name in ("worker", "office", "sandbox")] == [behind] * 3
     for name in ("front", "office", "worker"):
         until(lambda name=name: httpx.get(urls[name] + "/readyz", trust_env=False).status_code == 200)
 

@@ -33,7 +33,7 @@ from app.desk.shapes import (
 from app.desk.wiring import Desk, TheDesk
 from app.problems import JsonRoute, refusals, refuse
 from app.providers.guard import rates
-from app.providers.registry import guard_rules
+from app.providers.registry import guard_rules, supplier_kinds
 from app.providers.shared_breaker import rules_text
 
 router = APIRouter(tags=["providers"], route_class=JsonRoute)
@@ -81,11 +81,9 @@ class ModeIn(Body):
 
 async def breakers(desk: Desk) -> list[dict[str, Any]]:
     """Every supplier that is configured or was reported by a worker."""
-    settings = desk.settings
     reports_flat = await desk.link.call("HGETALL", keys.PROVIDERS)
     shown: dict[str, dict[str, Any]] = {
-        name: {"name": name, "mode": "auto", "state": "unknown"}
-        for name in (settings.payment_provider, settings.sms_provider)
+        name: {"name": name, "mode": "auto", "state": "unknown"} for name in supplier_kinds(desk.settings)
     }
     for name_raw, raw in zip(reports_flat[::2], reports_flat[1::2], strict=True):
         name = name_raw.decode()
@@ -119,8 +117,9 @@ async def breakers(desk: Desk) -> list[dict[str, Any]]:
 
 async def _turn(desk: Desk, name: str, *, switch_to: str = "", who: str = "office") -> Gone | Stands:
     """Look at the shared breaker; switch_to: and override it, which also makes it where it is not yet."""
+    kind = supplier_kinds(desk.settings).get(name, "payment")
     return await desk.scripts.breaker(
-        name=name, rules=rules_text(guard_rules(desk.settings).breaker), rand=0.5, who=who,
+        name=name, rules=rules_text(guard_rules(desk.settings, kind).breaker), rand=0.5, who=who,
         history_max=desk.settings.breaker_history_max, mode_first="auto" if switch_to else "", switch_to=switch_to,
     )  # fmt: skip
 

@@ -61,8 +61,9 @@ _LEASE = (
     " JOIN item i ON i.sale = o.sale AND i.sku = o.sku"
 )
 # The lists are written out so that Postgres sees that the partial index `attempts_due` holds every such row.
-_TO_START = _LEASE.format(
-    which="state IN ('wanted', 'created', 'unknown') AND provider = :provider AND next_at <= now()"
+_DUE = "state IN ('wanted', 'created', 'unknown') AND provider = :provider AND next_at <= now()"
+_TO_START, _TO_START_AGAIN = (
+    _LEASE.format(which=f"{_DUE} AND {tried}") for tried in ("tries = 0", "tries > 0")
 )
 _TO_POLL = _LEASE.format(which="state = 'sent' AND provider = :provider AND next_at <= now()")
 # Where the buyer pays from is kept, sealed, for as long as a supplier may have to be told.
@@ -71,9 +72,17 @@ _ONE = _LEASE.format(which="id = :id AND state IN ('wanted', 'created', 'sent', 
 
 
 async def lease_starts(conn: AsyncConnection, provider: str, limit: int, lease_s: float) -> list[Row]:
-    """Take due attempts that need a link, or whose fate is unknown, with what a link needs to know of the order."""
+    """Take due attempts that need a link and were never taken up, with what a link needs to know of the order."""
     found = await conn.execute(
         text(_TO_START), {"provider": provider, "limit": limit, "lease_s": float(lease_s)}
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def lease_again(conn: AsyncConnection, provider: str, limit: int, lease_s: float) -> list[Row]:
+    """The same of those that came to no link when they were taken up before, or whose fate is unknown."""
+    found = await conn.execute(
+        text(_TO_START_AGAIN), {"provider": provider, "limit": limit, "lease_s": float(lease_s)}
     )
     return [dict(row) for row in found.mappings()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pydantic import SecretStr
 
@@ -65,8 +66,19 @@ class Providers:
             await sms.aclose()
 
 
-def guard_rules(settings: Settings) -> GuardRules:
-    """Limits of a supplier's guard. A call that takes more than half of its deadline is slow."""
+def supplier_kinds(settings: Settings) -> dict[str, Literal["payment", "sms"]]:
+    """Every supplier in use by the settings, by the one name that it has everywhere, preferred ones first."""
+    return {
+        **dict.fromkeys(_words(settings.payment_provider, settings.payment_also), "payment"),
+        **dict.fromkeys(_words(settings.sms_provider, settings.sms_also), "sms"),
+    }
+
+
+def guard_rules(settings: Settings, kind: Literal["payment", "sms"]) -> GuardRules:
+    """Limits of a supplier's guard. A call that takes more than half of its deadline is slow.
+
+    Payments are probed more often in a long outage: a buyer's deadline runs meanwhile, a text waits on its ticket.
+    """
     deadline_s = settings.provider_deadline_s
     return GuardRules(
         deadline_s=deadline_s,
@@ -83,7 +95,9 @@ def guard_rules(settings: Settings) -> GuardRules:
             window_ms=settings.breaker_window_s * 1000,
             calls_min=settings.breaker_calls_min,
             open_ms=settings.breaker_open_ms,
-            open_max_ms=settings.breaker_open_max_ms,
+            open_max_ms=settings.breaker_payment_open_max_ms
+            if kind == "payment"
+            else settings.breaker_open_max_ms,
             probes_max=settings.breaker_probes_max,
             lease_ms=int(deadline_s * 1000) * 2 + 1_000,
         ),
@@ -104,7 +118,7 @@ def bill_rules(settings: Settings) -> GuardRules:
 
 
 PAYMENT = ("sandbox", "sandbox-2", "stripe", "alipay", "wechat-pay")
-SMS = ("sandbox", "sandbox-2", "aliyun-sms", "tencent-sms", "twilio")
+SMS = ("sandbox-sms", "sandbox-sms-2", "aliyun-sms", "tencent-sms", "twilio")
 
 
 def open_providers(settings: Settings) -> Providers:
@@ -112,17 +126,16 @@ def open_providers(settings: Settings) -> Providers:
 
     CannotStart: an unknown name, or a setting of a supplier in use is missing or bad.
     """
-    rules = guard_rules(settings)
     providers = Providers()
     for word in _words(settings.payment_provider, settings.payment_also):
         payment = _payment(word, settings)
         bills = Guard(f"{payment.name}-bill", "payment", bill_rules(settings))
         providers.payment[payment.name] = GuardedPayment(
-            payment, Guard(payment.name, "payment", rules), bills
+            payment, Guard(payment.name, "payment", guard_rules(settings, "payment")), bills
         )
     for word in _words(settings.sms_provider, settings.sms_also):
         sms = _sms(word, settings)
-        providers.sms[sms.name] = GuardedSms(sms, Guard(sms.name, "sms", rules))
+        providers.sms[sms.name] = GuardedSms(sms, Guard(sms.name, "sms", guard_rules(settings, "sms")))
     providers.routes = Routes(
         {name: payment.adapter.channels for name, payment in providers.payment.items()},
         list(providers.sms),
@@ -198,13 +211,13 @@ def _payment(word: str, settings: Settings) -> PaymentProvider:
 def _sms(word: str, settings: Settings) -> SmsProvider:
     deadline_s, connections_max = settings.provider_deadline_s, settings.provider_concurrency
     match word:
-        case "sandbox" | "sandbox-2":
+        case "sandbox-sms" | "sandbox-sms-2":
             return SandboxSms(
                 _sandbox_url(word, settings),
                 _sandbox_secret(settings),
                 deadline_s=deadline_s,
                 connections_max=connections_max,
-                name=word.replace("sandbox", "sandbox-sms"),
+                name=word,
             )
         case "aliyun-sms":
             _need(
@@ -256,7 +269,7 @@ def _sms(word: str, settings: Settings) -> SmsProvider:
 
 
 def _sandbox_url(word: str, settings: Settings) -> str:
-    if word == "sandbox":
+    if not word.endswith("-2"):
         return settings.sandbox_url
     _need(settings, "sandbox_2_url")
     return settings.sandbox_2_url

@@ -9,8 +9,10 @@ import hashlib
 import hmac
 import logging
 import ssl
+import sys
 from contextvars import ContextVar
 from functools import cache
+from importlib.util import find_spec
 
 import httpx
 
@@ -26,6 +28,11 @@ _NEVER_SENT = (
 )
 # httpx logs every URL at level info. Aliyun's carry phone numbers, page links carry signatures: not into any log.
 logging.getLogger("httpx").setLevel(logging.WARNING)
+
+# httpcore asks `import sniffio` several times a request. Where it is not installed (anyio needs it no longer), each
+# searches the whole path on disk: a third of a request's CPU. Told once that there is none, Python looks no more.
+if find_spec("sniffio") is None:
+    sys.modules["sniffio"] = None  # type: ignore[assignment]
 
 BODY_MAX_BYTES = 4 * 1024 * 1024  # a day's bill of a sandbox; no answer of a payment call is near it
 

@@ -33,7 +33,7 @@ from app.providers.answer import other_may
 from app.providers.guard import GuardedPayment
 from app.providers.payment import AttemptRef, Captured, Link, LinkWanted
 from app.providers.registry import Providers
-from app.purchase.leased import LOOK_EVERY_S, backoff_s, held, work_off
+from app.purchase.leased import LOOK_EVERY_S, Pace, backoff_s, held, work_off
 from app.purchase.paying import attempt, failover
 from app.purchase.paying.evidence import SETTLED, Evidence, take_evidence, weigh_late
 from app.purchase.paying.refund import send_refund
@@ -49,6 +49,7 @@ POLL_FIRST_S = 15.0  # call-backs come within a second; a query is for those tha
 POLL_MAX_S = 60.0
 EXPIRY_GRACE_S = 1.0  # after a link's end before it is closed: clocks differ
 LATE_EVERY_S = 0.2
+AGAIN_PER_S = 20.0  # what an outage left is taken up again at this pace, which grows: some 20 ms of CPU each
 ORPHANS_EVERY_S = 5.0  # between two looks for attempts of suppliers that are not in use any more
 ADDRESS_MAX = 128  # characters: a sealed IPv6 address in base64 has 96
 CALLS_MAX = 8  # in one turn of an attempt; a supplier that keeps saying something else is asked again later
@@ -82,6 +83,9 @@ class _Work(NamedTuple):
     step: Callable[[Till, GuardedPayment, Row], Awaitable[None]]
     share: int  # a places-th of the places, so that looking at old links never keeps a new buyer from theirs
     look_every_s: float = LOOK_EVERY_S
+    per_s: float | None = (
+        None  # so many a second at first, however many are due; None: as many as there are places
+    )
 
 
 async def run(
@@ -95,6 +99,7 @@ async def run(
     till = Till(engine, providers, settings.lease_s, settings.office_url, seal_keys)
     works = (
         _Work("starts", payments.lease_starts, step, 1),
+        _Work("again", payments.lease_again, step, 2, per_s=AGAIN_PER_S),
         _Work("polls", payments.lease_polls, step, 4),
         _Work("refunds", payments.lease_refunds, _refund, 4, LATE_EVERY_S),
     )
@@ -113,16 +118,25 @@ async def run(
 async def _work(
     till: Till, provider: GuardedPayment, work: _Work, places: int, stopping: asyncio.Event
 ) -> None:
+    pace = None if work.per_s is None else Pace(work.per_s)
+
     async def lease(count: int) -> list[Row]:
         async with alone(till.engine) as conn:
-            return await work.lease(conn, provider.name, count, till.lease_s)
+            rows = await work.lease(conn, provider.name, count, till.lease_s)
+        if pace is not None:
+            pace.took(len(rows), count)
+        return rows
+
+    def room(running: int) -> int:
+        # Nothing while the supplier's breaker is open: the rows stay due.
+        free = min(places - running, provider.guard.ready())
+        return free if pace is None else min(free, pace.room())
 
     await work_off(
         f"pay {provider.name} {work.name}",
         lease,
         lambda row: work.step(till, provider, row),
-        # Nothing while the supplier's breaker is open: the rows stay due.
-        lambda running: min(places - running, provider.guard.ready()),
+        room,
         stopping,
         look_every_s=work.look_every_s,
     )

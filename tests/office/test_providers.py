@@ -20,7 +20,7 @@ PROVIDERS = "/v1/admin/providers"
 
 def worker(office: Office, link: Link) -> SharedBreaker:
     """The breaker of a worker."""
-    rules = guard_rules(office.desk.settings).breaker
+    rules = guard_rules(office.desk.settings, "payment").breaker
     return SharedBreaker("sandbox", rules, Scripts(link), who="w1")
 
 
@@ -119,4 +119,5 @@ async def test_a_worker_without_redis_a_moment_ago_is_shown_as_it_sees_itself(
 
 
 def test_the_office_and_the_worker_have_the_same_rules(office: Office) -> None:
-    assert guard_rules(office.desk.settings).breaker == Rules(slow_ms=2_500, lease_ms=11_000)
+    assert guard_rules(office.desk.settings, "sms").breaker == Rules(slow_ms=2_500, lease_ms=11_000)
+    assert guard_rules(office.desk.settings, "payment").breaker.open_max_ms == 10_000

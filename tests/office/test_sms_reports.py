@@ -18,7 +18,7 @@ API = TwilioApi()
 @pytest.fixture
 async def office(redis_url: str, database_url: str) -> AsyncIterator[Office]:
     settings = settings_for(
-        redis_url, database_url, sms_provider="twilio", sms_also="sandbox", twilio_account_sid=API.account_sid,
+        redis_url, database_url, sms_provider="twilio", sms_also="sandbox-sms", twilio_account_sid=API.account_sid,
         twilio_auth_token=API.auth_token, twilio_sender="+15017122661", twilio_status_url=STATUS_URL,
     )  # fmt: skip
     running = await open_office(settings)

@@ -24,7 +24,7 @@ ALL: dict[str, Any] = {
     "payment_provider": "stripe",
     "payment_also": "alipay, wechat-pay,sandbox,stripe",
     "sms_provider": "aliyun-sms",
-    "sms_also": "tencent-sms,twilio,sandbox",
+    "sms_also": "tencent-sms,twilio,sandbox-sms",
     "stripe_key": "sk_test",
     "stripe_hook_secrets": "whsec_a, whsec_b",
     "alipay_app_id": "2021",

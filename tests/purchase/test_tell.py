@@ -221,7 +221,7 @@ class Supplier:
 def suppliers(till: Money, *found: Supplier) -> None:
     """These, in this order, instead of the sandbox."""
     # Each answer is one call's: how a guard repeats is a matter of tests/providers/test_guard.py.
-    rules = structs.replace(registry.guard_rules(till.settings), retries_max=0)
+    rules = structs.replace(registry.guard_rules(till.settings, "sms"), retries_max=0)
     till.providers.sms = {one.name: GuardedSms(one, Guard(one.name, "sms", rules)) for one in found}
     till.providers.routes = Routes({"sandbox": ()}, [one.name for one in found])
 
@@ -270,7 +270,7 @@ async def test_a_sick_channel_is_left_when_its_breaker_trips_and_found_again_by_
 ) -> None:
     limits = {"sms_number_per_min": 100, "sms_number_per_hour": 100, "sms_number_per_day": 100}
     async with sandbox() as second:
-        also = {"sms_also": "sandbox-2", "sandbox_2_url": second.url}
+        also = {"sms_also": "sandbox-sms-2", "sandbox_2_url": second.url}
         async with money(shop, redis_url, database_url, **also, **limits) as till:
             await till.publish(units=2_000)
             buyers = itertools.count()

@@ -28,7 +28,8 @@ TRIED_S = 15.0  # for so long a supplier that came to no link for an order is no
 MOVES_MAX = (
     10  # an order's attempt with this number stays where it is: the rest of ATTEMPTS_MAX is its buyer's
 )
-MOVED_MAX = 500  # attempts that one look sends to other suppliers
+MOVED_MAX = 500  # attempts that one look sends to other suppliers, in one statement
+MOVED_SINGLY_MAX = 20  # and of those that need a transaction each; the next look has the rest
 HALF_OPEN_WAIT_S = (
     0.3  # while a breaker lets only probes through, what is no probe by then goes to another supplier
 )
@@ -107,9 +108,12 @@ async def _move_from(
     async with alone(engine) as conn:
         waiting = await payments.unsent(conn, name, channels, due_since_s, TRIED_S, MOVED_MAX)
     fresh: dict[str, str] = {}
-    moved = 0
+    moved = singly = 0
     for row in waiting:
         if not row["fresh"]:
+            if singly == MOVED_SINGLY_MAX:
+                continue
+            singly += 1
             moved += await go(engine, providers, row, partial(_end_unsent, row["id"], code))
             continue
         found = providers.payment_for(row["channel"], row["order_no"], {name, *row["tried"]})
