@@ -8,13 +8,16 @@ import os
 import random
 import sys
 from asyncio.subprocess import PIPE
+from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from app import rebuild as rebuilding
 from app.answers import (
+    Asked,
     Claimed,
     Gone,
     Has,
@@ -97,6 +100,49 @@ async def test_after_a_total_loss_orders_keep_their_tickets_and_the_rest_lapses(
     assert await shop.confirm() == 1
     await shop.conserved()
     await told_as_it_is(shop)
+
+
+async def wish(shop: Shop, seq: int, buyer: str, kind: Literal["leave", "pay"], arg: str = "-") -> int:
+    """A buyer's wish, answered by the worker. Returns how many were settled."""
+    answer = await shop.scripts.ask_put(
+        sale=SALE,
+        epoch=shop.epoch,
+        sku="A",
+        seq=seq,
+        buyer_id=buyer,
+        kind=kind,
+        arg=arg,
+        channel="x",
+        repeat_ms=1000,
+    )
+    assert isinstance(answer, Asked), answer
+    return await shop.releaser.answer_asks(SALE, await shop.asks())
+
+
+async def test_an_order_of_an_earlier_epoch_is_paid_and_left_like_any_other(shop: Shop) -> None:
+    """Its number is of the epoch in which it was claimed, and the wish is of the present one."""
+    await shop.publish(4)
+    ann, bob = await shop.claim("ann", "bob")
+    await shop.confirm()
+    await lose_everything(shop)
+    await anew(shop)
+    (cid,) = await shop.claim("cid")
+    await shop.confirm()
+    await anew(shop)
+    for seq, buyer in ((ann, "ann"), (cid, "cid")):
+        assert await wish(shop, seq, buyer, "leave") == 1
+    while await shop.releaser.let_go():
+        pass
+    await shop.relay()
+    assert [await shop.byte(seq) for seq in (ann, bob, cid)] == [b"k", b"r", b"k"]
+    till = urlsafe_b64encode(msgspec.json.encode({"channel": "sandbox"})).decode().rstrip("=")
+    assert await wish(shop, bob, "bob", "pay", till) == 1
+    assert [number for number, _ in shop.attempts] == [
+        row["order_no"] for row in await shop.orders() if row["buyer_id"] == "bob"
+    ]
+    (late,) = await shop.claim("dan")  # of the present epoch, not written yet: the wish waits for it
+    assert await wish(shop, late, "dan", "leave") == 0
+    await shop.conserved()
 
 
 async def test_claims_that_redis_still_holds_become_orders_first(shop: Shop) -> None:

@@ -144,6 +144,18 @@ async def ended_orders(conn: AsyncConnection, sale: str, limit: int) -> AsyncIte
         after = (rows[-1]["sku"], rows[-1]["epoch"], rows[-1]["seq"])
 
 
+async def born(conn: AsyncConnection, sale: str, sku: str, seq: int) -> int:
+    """The epoch of the order that this ticket has or will have: each epoch's seqs begin behind all orders of before."""
+    found = await conn.execute(
+        text(
+            "SELECT coalesce(max((began->>0)::bigint), 1) FROM item, jsonb_array_elements(epoch_starts) AS began"
+            " WHERE sale = :sale AND sku = :sku AND (began->>1)::bigint <= :seq"
+        ),
+        {"sale": sale, "sku": sku, "seq": seq},
+    )
+    return int(found.scalar_one())
+
+
 async def finish(conn: AsyncConnection, sale: str, epoch: int, home: str) -> bool:
     """The sale lives in this Redis now. False: a later rebuild has overtaken this one."""
     found = await conn.execute(

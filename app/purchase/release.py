@@ -31,7 +31,7 @@ from app.answers import (
 )
 from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
-from app.ledger import confirming, course, orders, outbox, payments, sms
+from app.ledger import confirming, course, orders, outbox, payments, rebuilding, sms
 from app.ledger.engine import alone
 from app.link import Link
 from app.purchase.told import status_json
@@ -63,6 +63,13 @@ class Ask(NamedTuple):
     kind: str
     arg: str
     order_no: str
+    buyer: str
+
+    def of(self, sale: str, epoch: int) -> Ask:
+        """The same wish about an order of another epoch."""
+        return self._replace(
+            epoch=epoch, order_no=orders.order_no(sale, epoch, self.sku, self.seq, self.buyer)
+        )
 
 
 class PayAsk(msgspec.Struct, frozen=True):
@@ -82,8 +89,9 @@ def parse_ask(sale: str, entry: tuple[bytes, Sequence[bytes]]) -> Ask | None:
         if fields[0] != b"a" or int(form) != FORMAT or kind not in (b"leave", b"pay"):
             return None
         name, number = sku.decode("ascii"), int(seq)
-        no = orders.order_no(sale, int(epoch), name, number, buyer.decode("utf-8", "surrogateescape"))
-        return Ask(entry_id, int(epoch), name, number, kind.decode(), arg.decode("ascii"), no)
+        who = buyer.decode("utf-8", "surrogateescape")
+        no = orders.order_no(sale, int(epoch), name, number, who)
+        return Ask(entry_id, int(epoch), name, number, kind.decode(), arg.decode("ascii"), no, who)
     except (ValueError, IndexError):
         return None
 
@@ -228,6 +236,10 @@ class Releaser:
             await self._bury(sale, entry, "arg")
         async with self.engine.begin() as conn:
             row = await orders.lock(conn, ask.order_no)
+            if row is None and (born := await rebuilding.born(conn, sale, ask.sku, ask.seq)) < ask.epoch:
+                # An order keeps its number through a rebuild; the wish has the epoch in which it was made.
+                ask = ask.of(sale, born)
+                row = await orders.lock(conn, ask.order_no)
             if row is None:
                 if await confirming.refused(conn, [ask.order_no]):
                     return True
