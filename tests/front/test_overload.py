@@ -68,7 +68,7 @@ async def test_newcomers_do_not_wait_for_a_redis_that_keeps_others_waiting(
         under_way.append(asyncio.create_task(front.join("x", f"first-{number}")))
         await asyncio.sleep(0.05)
     (queue,) = claims._queues.values()
-    await until(lambda: queue.first is not None and time.perf_counter() - queue.first[1] > 0.1)
+    await until(lambda: queue.first is not None and time.perf_counter() - queue.first[3] > 0.1)
     loop = asyncio.get_running_loop()
     began = loop.time()
     refused = await front.join("x", "newcomer")
