@@ -48,14 +48,15 @@ class Shop:
         self.away += 1
         return b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n%b\r\n" % date
 
-    def answer(
-        self, _hot: Any, _headers: Any, body: bytes, date: bytes, reply: Callable[[bytes], None]
-    ) -> None:
+    def ask(self, _hot: Any, _headers: Any, body: bytes, tell: Callable[[Any], None]) -> None:
         self.answered += 1
         until = time.perf_counter() + self.busy_s
         while time.perf_counter() < until:
             pass
-        reply(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b" % (len(body), date, body))
+        tell(body)
+
+    def response(self, given: Any, _headers: Any, date: bytes, _tell: Callable[[Any], None]) -> bytes:
+        return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b" % (len(given), date, given)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
