@@ -8,11 +8,11 @@ of their holder: redact them in logs.
 
 from __future__ import annotations
 
-import hmac
 import struct
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
+from hmac import compare_digest
 from typing import Any, NamedTuple
 
 import msgspec
@@ -58,7 +58,8 @@ _ITEM, _PLACE = (
     struct.Struct(">QH10s"),
 )  # _TICKET, cut where tickets of an item differ
 _PASS = struct.Struct(">BBBQ")  # format, key id, flags, expires_ms; then the MAC and the buyer id
-_PASS_CUT = _PASS.size + MAC_BYTES
+_PASS_HEAD = _PASS.size
+_PASS_CUT = _PASS_HEAD + MAC_BYTES
 
 
 _TO_URL = bytes.maketrans(b"+/", b"-_")
@@ -144,7 +145,7 @@ class Keyring:
     def ticket_hash_is(self, ticket_hash: bytes, sale: str, sku: str, buyer_id: bytes | str) -> bool:
         """Whether this hash is this buyer's, under any of the keys: the token belongs to whoever asks."""
         whose = _whose(sale, sku, buyer_id)
-        return any(hmac.compare_digest(_mac(key.of_hash, whose), ticket_hash) for key in self._keys)
+        return any(compare_digest(_mac(key.of_hash, whose), ticket_hash) for key in self._keys)
 
     def ticket_sign(self, ticket: Ticket) -> str:
         """At most 128 URL-safe characters. Sale at most 48 characters (ASCII)."""
@@ -171,7 +172,7 @@ class Keyring:
             return None
         body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
         for key in self._by_id.get(raw[1], ()):
-            if hmac.compare_digest(_mac(key.of_ticket, body), mac):
+            if compare_digest(_mac(key.of_ticket, body), mac):
                 _, _, epoch, item, seq, units, ticket_hash = _TICKET.unpack_from(body)
                 return Ticket(body[_TICKET.size :].decode("ascii"), epoch, item, seq, units, ticket_hash)
         return None
@@ -192,10 +193,10 @@ class Keyring:
         raw = _decode(text, TEXT_MAX)
         if raw is None or len(raw) <= _PASS_CUT or raw[0] != FORMAT:
             return None
-        head, mac, buyer_id = raw[: _PASS.size], raw[_PASS.size : _PASS_CUT], raw[_PASS_CUT:]
+        head, mac, buyer_id = raw[:_PASS_HEAD], raw[_PASS_HEAD:_PASS_CUT], raw[_PASS_CUT:]
         body = _pass_body(head, sale, buyer_id)
         for key in self._by_id.get(raw[1], ()):
-            if hmac.compare_digest(_mac(key.of_pass, body), mac):
+            if compare_digest(_mac(key.of_pass, body), mac):
                 return buyer_id if now_ms < int.from_bytes(head[3:], "big") else None
         return None
 
@@ -221,7 +222,7 @@ class Keyring:
             return None
         body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
         for key in self._by_id.get(raw[1], ()):
-            if hmac.compare_digest(_mac(key.of_cursor, kind.encode() + b"\0" + body), mac):
+            if compare_digest(_mac(key.of_cursor, kind.encode() + b"\0" + body), mac):
                 return msgspec.json.decode(body[2:], type=list[Any])
         return None
 
@@ -235,4 +236,4 @@ def _whose(sale: str, sku: str, buyer_id: bytes | str) -> bytes:
 
 
 def _pass_body(head: bytes, sale: str, buyer_id: bytes) -> bytes:
-    return b"%b%b\0%b" % (head, sale.encode(), buyer_id)
+    return head + sale.encode() + b"\0" + buyer_id

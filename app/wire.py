@@ -351,11 +351,11 @@ class Wire(HttpToolsProtocol):
         self._hot_headers = headers = dict(self.headers)
         length = headers.get(b"content-length")
         return (
-            _NOT_HOT.isdisjoint(headers)
+            headers.keys().isdisjoint(_NOT_HOT)
             and (length is None or (len(length) < 10 and int(length) <= self.lane.body_max_bytes))
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
-            and self.parser.get_http_version() == "1.1"
+            and self.parser.should_keep_alive()  # without `Connection`: HTTP/1.1, and no older one
         )
 
     def _by_asgi(self) -> None:

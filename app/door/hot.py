@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import structlog
@@ -30,6 +30,7 @@ Header = tuple[bytes, bytes]
 # Takes headers, body and who is told if the answer is known later (None).
 Hot = Callable[[Headers, bytes, Tell], Answer | Later | None]
 
+PATHS_MAX = 1_024  # paths of sales whose answering is remembered
 PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
 
 _EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
@@ -92,6 +93,7 @@ class HotRoutes:
         self._origins = Origins(settings.cors_origins)
         self._cors = bool(settings.cors_origins)
         self._body_max = settings.body_max_bytes
+        self._remembered = lru_cache(PATHS_MAX)(self._of_sale)
         self._tasks: set[asyncio.Future[Any]] = set()
 
     def drain(self) -> None:
@@ -101,25 +103,28 @@ class HotRoutes:
 
     # --- the table ---------------------------------------------------------------------------------------------------
 
-    def hot(self, method: str, path: str) -> Hot | None:
+    def hot(self, method: bytes, path: bytes) -> Hot | None:
         """What answers this request; None if it is not hot. path: decoded, without the query."""
-        if method == "GET":
-            if path.startswith("/v1/tickets/"):
-                token = path[12:]
-                if token and "/" not in token:
-                    return partial(self._poll, token)
-            elif path.startswith("/v1/sales/"):
-                sale_id, slash, rest = path[10:].partition("/")
-                if sale_id and rest == "board":
-                    return partial(self._board, sale_id)
+        if method == b"GET" and path.startswith(b"/v1/tickets/"):  # of every ticket: not worth remembering
+            token = path[12:]
+            return partial(self._poll, token.decode("latin-1")) if token and b"/" not in token else None
+        return self._remembered(method, path)
+
+    def _of_sale(self, method: bytes, path: bytes) -> Hot | None:
+        """The same where the path names no ticket: few paths, asked for over and over."""
+        if method == b"GET":
+            if path.startswith(b"/v1/sales/"):
+                sale_id, slash, rest = path[10:].partition(b"/")
+                if sale_id and rest == b"board":
+                    return partial(self._board, sale_id.decode("latin-1"))
                 if sale_id and not slash:
-                    return partial(self._sale, sale_id)
-            elif path == "/v1/time":
+                    return partial(self._sale, sale_id.decode("latin-1"))
+            elif path == b"/v1/time":
                 return self._time
-        elif method == "POST" and path.startswith("/v1/sales/") and path.endswith("/tickets"):
+        elif method == b"POST" and path.startswith(b"/v1/sales/") and path.endswith(b"/tickets"):
             sale_id = path[10:-8]
-            if sale_id and "/" not in sale_id:
-                return partial(self._join, sale_id)
+            if sale_id and b"/" not in sale_id:
+                return partial(self._join, sale_id.decode("latin-1"))
         return None
 
     def _join(self, sale_id: str, headers: Headers, body: bytes, tell: Tell) -> Later | None:
@@ -143,7 +148,7 @@ class HotRoutes:
     def finds(self, method: bytes, target: bytes) -> Hot | None:
         if b"?" in target or b"%" in target:
             return None
-        return self.hot(method.decode("ascii"), target.decode("latin-1"))
+        return self.hot(method, target)
 
     def may_wait(self, data: bytes) -> bool:
         return data.startswith((b"POST /v1/sales/", b"GET /v1/tickets/"))
@@ -240,7 +245,7 @@ class HotRoutes:
             await self.typed(scope, receive, send)
             return
         method: str = scope["method"]
-        hot = self.hot(method, scope["path"])
+        hot = self.hot(method.encode(), scope["path"].encode("latin-1", "replace"))
         if hot is None:
             if method == "OPTIONS" and self._cors:
                 headers = dict(scope["headers"])
