@@ -48,6 +48,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(webhooks, name="webhooks")
     app.add_typer(sms, name="sms")
     app.command("providers")(providers)
+    app.command("bills")(bills)
     app.command("audit")(audit)
     app.command("trace")(trace)
 
@@ -654,6 +655,50 @@ def providers(
             bad=[row.get("state") in ("open", "forced_open") for row in rows],
         ),
     )
+
+
+def bills(
+    provider: Annotated[str | None, typer.Option("--provider", help="Only this payment supplier.")] = None,
+    differing: Annotated[
+        bool, typer.Option("--differing", help="Only days that differ, or cannot be read.")
+    ] = False,
+    days: Annotated[int, typer.Option("--days", min=1, max=1_000, help="So many bills, the newest.")] = 30,
+    as_json: Json = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Suppliers' daily bills beside our books, newest first, and what differs. Exit status 1: something does.
+
+    `fairdrop reconcile-bill DATE` reads a day at once."""
+    asked = {"provider": provider, "differing": differing, "limit": days}
+    answer = Office(data_dir).ask("GET", "/v1/admin/bills", params=asked)
+    columns = ("day", "provider", "state", "lines", "read_at", "differing", "code")
+    shown = (
+        "day",
+        "provider",
+        "what",
+        "kind",
+        "ref",
+        "our_id",
+        "order_no",
+        "ours_minor",
+        "theirs_minor",
+        "currency",
+    )
+    rows = answer["data"]
+    found = [{**row, **one} for row in rows for one in row["differences"]]
+
+    def tables() -> None:
+        table(
+            "",
+            columns,
+            [[row[name] for name in columns] for row in rows],
+            bad=[row["differing"] > 0 for row in rows],
+        )
+        if found:
+            table("what differs", shown, [[one[name] for name in shown] for one in found])
+
+    show(answer, as_json, tables)
+    raise typer.Exit(1 if any(row["differing"] for row in rows) else 0)
 
 
 def _routes(

@@ -186,5 +186,5 @@ async def read_now(
 
     await asyncio.gather(*[one(name) for name in names])
     async with alone(engine) as conn:
-        found = await bills.report(conn, day=day)
+        found = await bills.report(conn, day)
     return [row for row in found if row["provider"] in names]

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import problems
 from app.desk import (
+    bills,
     events,
     hooks,
     journal,
@@ -130,7 +131,7 @@ def create_app(settings: Settings) -> FastAPI:
     _answer_problems(app)
     for router in (
         sales.router, orders.router, trace.router, live.router, routes.router, providers.router, journal.router,
-        keys.router, events.router, probes.router, pages.router,
+        keys.router, events.router, bills.router, probes.router, pages.router,
     ):  # fmt: skip
         app.include_router(router)
     if not settings.hooks_port:

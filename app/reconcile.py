@@ -29,11 +29,12 @@ from app.answers import (
 )
 from app.errors import DidNotHappen
 from app.keys import SaleKeys
-from app.ledger import course
+from app.ledger import course, provider_routes
 from app.ledger.course import Home
 from app.ledger.engine import alone
 from app.ledger.rebuilding import REBUILDING
 from app.link import Link
+from app.providers.routes import encode
 from app.purchase.admit import Admitter
 from app.rebuild import NotNow, rebuild
 from app.scripts import Scripts
@@ -139,6 +140,31 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
     )
 
 
+async def copy_routes(engine: AsyncEngine, link: Link) -> bool:
+    """Routes of suppliers that operators have set: Redis, which all processes follow, has what Postgres has again.
+
+    Whether it had not. Redis is read first: what an operator changes in between is seen in Postgres, or found right.
+    DidNotHappen, Unknown: Redis is away; the next look does it.
+    """
+    flat = await link.call("HGETALL", keys.PROVIDER_ROUTES)
+    there = dict(zip(flat[::2], flat[1::2], strict=True))
+    async with alone(engine) as conn:
+        routes = await provider_routes.every(conn)
+    wanted = {name.encode(): encode(route) for name, route in routes.items()}
+    if there == wanted:
+        return False
+    changes: list[tuple[str | bytes | int, ...]] = [
+        ("HSET", keys.PROVIDER_ROUTES, name, raw) for name, raw in wanted.items() if there.get(name) != raw
+    ]
+    if gone := there.keys() - wanted.keys():
+        changes.append(("HDEL", keys.PROVIDER_ROUTES, *sorted(gone)))
+    for answer in await link.pipeline(changes):
+        if isinstance(answer, Exception):
+            raise answer
+    _log.warning("provider_routes_copied", changed=len(changes), routes=len(wanted))
+    return True
+
+
 @dataclass
 class Reconciler:
     """The worker's part of reconcile. settings: None: sales are never rebuilt by themselves."""
@@ -170,6 +196,10 @@ class Reconciler:
         known = self._homeless.get(home.sale)
         if known is None or known[0] != home.pulse:  # or somebody's pulse: its home is elsewhere
             self._homeless[home.sale] = (home.pulse, time.monotonic(), kind)
+
+    async def copy_routes(self) -> None:
+        """See the function of this name."""
+        await copy_routes(self.engine, self.link)
 
     async def mend(self) -> int:
         """Rebuild sales that have been without a home for long enough. Returns how many."""

@@ -61,6 +61,7 @@ COURSE_EVERY_S = 0.5  # between two looks at the clock for openings and closings
 SETTLE_EVERY_S = 2.0
 BILLS_EVERY_S = 30.0  # between two looks for a bill to be read
 BILLS_AGAIN_EVERY_S = 3_600.0  # between two comparisons of days that differ
+ROUTES_EVERY_S = 2.0  # for so long a Redis that lost them leaves suppliers to the settings
 MEND_EVERY_S = 0.5  # between two looks for a sale without a home
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
@@ -458,6 +459,7 @@ class Worker:
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)
                 loop("events", self.number_events, EVENTS_EVERY_S)
                 loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)
+                loop("routes-copy", self.reconciler.copy_routes, ROUTES_EVERY_S)
                 loop("rebuild", once(self.reconciler.mend), MEND_EVERY_S)
                 loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
                 loop("bills", self.biller.turn, BILLS_EVERY_S)

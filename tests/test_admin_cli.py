@@ -6,12 +6,15 @@ import asyncio
 import json
 import os
 import sys
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import pytest
 
 from app.admin_cli import transitions
+from app.ledger import bills
+from app.providers.payment import BillLine
 from tests.office.conftest import FIRST_KEY, Office, iso, open_office, settings_for, write_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,6 +224,25 @@ def test_the_history_of_breakers_is_told_newest_first(
     transitions(cast(Any, _Told()), name, as_json=False)
     shown = capsys.readouterr().out
     assert 0 < shown.index("12:00:02.000Z") < shown.index("12:00:01.000Z")
+
+
+async def test_bills_are_listed_with_what_differs(office: Office) -> None:
+    assert (await fairdrop("bills", office=office)).status == 0  # none yet
+    day = date(2026, 11, 11)
+    line = BillLine(
+        kind="capture", provider_ref="ref-1", our_id="A1-1", order_no="A1", amount_minor=100, currency="CNY",
+        at=datetime(2026, 11, 11, 12, tzinfo=UTC),
+    )  # fmt: skip
+    async with office.desk.engine.begin() as conn:
+        await bills.want(conn, "sandbox", day)
+        held = await bills.lease(conn, ["sandbox"], 60)
+        assert held is not None and await bills.store(conn, held, [line])
+        await bills.compare(conn, "sandbox", day)
+    shown = await fairdrop("bills", "--differing", office=office)
+    assert shown.status == 1, shown.err
+    assert all(word in shown.out for word in ("2026-11-11", "missing_here", "ref-1", "A1-1"))
+    document = await fairdrop("bills", "--provider", "sandbox", "--json", office=office)
+    assert document.status == 1 and document.json["data"][0]["differing"] == 1
 
 
 async def test_an_order_is_traced(office: Office) -> None:

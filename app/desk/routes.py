@@ -15,6 +15,7 @@ from app.desk.providers import PROVIDERS
 from app.desk.shapes import Out, Share
 from app.desk.wiring import Desk, TheDesk
 from app.errors import FairdropError
+from app.ledger import provider_routes
 from app.problems import JsonRoute, refusals, refuse
 from app.providers import routes
 from app.providers.routes import SUPPLIERS_MAX, WEIGHT_MAX, Kind
@@ -73,6 +74,18 @@ async def look(desk: Desk) -> None:
         _log.warning("provider_routes_not_read", error=type(error).__name__)
 
 
+async def _copy(desk: Desk, field: str, route: routes.Route | None) -> None:
+    """Tell all processes. Postgres has it already: without Redis, a worker tells them as soon as there is one."""
+    try:
+        if route is None:
+            await desk.link.call("HDEL", keys.PROVIDER_ROUTES, field)
+        else:
+            await desk.link.call("HSET", keys.PROVIDER_ROUTES, field, routes.encode(route))
+        await desk.routes.refresh(desk.link)
+    except FairdropError as error:
+        _log.warning("provider_routes_not_told", error=type(error).__name__)
+
+
 def of_channels(desk: Desk, channels: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Where the payments of these channels go. Refusal 422 `unknown_channel`: one of them leads to no supplier."""
     known = desk.routes.channels()
@@ -127,17 +140,10 @@ async def set_route(body: RouteIn, post: OperatorPosts) -> Response:
         ]
         if wrong:
             raise refuse("invalid", f"Suppliers in use are: {', '.join(known) or 'none'}.", errors=wrong)
-        await desk.routes.refresh(desk.link)
+        await look(desk)
         before = shares(desk.routes.route(body.kind, body.channel))
         field = routes.field_of(body.kind, body.channel)
         given = None if body.suppliers is None else {one.name: one.weight for one in body.suppliers}
-        if not change.dry_run:
-            # Idempotent, and first: a journal entry without its effect would be worse than the other way round.
-            if given is None:
-                await desk.link.call("HDEL", keys.PROVIDER_ROUTES, field)
-            else:
-                await desk.link.call("HSET", keys.PROVIDER_ROUTES, field, routes.encode(given))
-            await desk.routes.refresh(desk.link)
         after = given if given is not None else desk.routes.without_live(body.kind, body.channel)
         answer = {
             "kind": body.kind,
@@ -145,8 +151,9 @@ async def set_route(body: RouteIn, post: OperatorPosts) -> Response:
             "suppliers": shares(after),
             "set_by": "settings" if given is None else "operators",
         }
-        async with change.step():
-            return await change.done(
+        async with change.step() as conn:
+            await provider_routes.put(conn, field, given)
+            done = await change.done(
                 Answer(200, answer),
                 "provider.route",
                 detail={
@@ -157,5 +164,7 @@ async def set_route(body: RouteIn, post: OperatorPosts) -> Response:
                     "before": before,
                 },
             )
+        await _copy(desk, field, given)
+        return done
 
     return await post.once(effect, body)

@@ -193,18 +193,56 @@ async def open_days(conn: AsyncConnection, providers: Sequence[str]) -> list[tup
     return [(row.provider, row.day) for row in found]
 
 
-async def report(conn: AsyncConnection, *, day: date | None = None, limit: int = 100) -> list[Row]:
-    """Bills, newest first, each with its open differences."""
+_BILLS = (
+    "SELECT b.provider, b.day, b.state, b.lines, b.read_at, b.code, b.tries, (SELECT count(*) FROM bill_difference d"
+    " WHERE d.provider = b.provider AND d.day = b.day AND d.cleared_at IS NULL) AS differing,"
+    " coalesce((SELECT jsonb_agg("
+    "jsonb_build_object('kind', d.kind, 'what', d.what, 'ref', d.ref, 'our_id', d.our_id, 'order_no',"
+    " d.order_no, 'ours_minor', d.ours_minor, 'theirs_minor', d.theirs_minor, 'currency', d.currency)"
+    " ORDER BY d.what, d.kind, d.ref, d.our_id) FROM (SELECT * FROM bill_difference d WHERE d.provider = b.provider"
+    " AND d.day = b.day AND d.cleared_at IS NULL ORDER BY d.what, d.kind, d.ref, d.our_id LIMIT :shown_max) AS d),"
+    " '[]') AS differences FROM bill b"
+)
+
+
+async def report(conn: AsyncConnection, day: date) -> list[Row]:
+    """All suppliers' bills of a day, each with its open differences."""
+    found = await conn.execute(
+        text(f"{_BILLS} WHERE b.day = :day ORDER BY b.provider"), {"day": day, "shown_max": None}
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def page(
+    conn: AsyncConnection,
+    *,
+    limit: int,
+    shown_max: int,
+    before: tuple[date, str] | None = None,
+    provider: str | None = None,
+    differing: bool = False,
+) -> list[Row]:
+    """Bills, newest first, each with its first `shown_max` open differences.
+
+    before: the (day, supplier) of the last one that was seen. differing: only those that differ, or were tried and
+    could not be read.
+    """
     found = await conn.execute(
         text(
-            "SELECT b.provider, b.day, b.state, b.lines, b.read_at, b.code, b.tries, coalesce((SELECT jsonb_agg("
-            "jsonb_build_object('kind', d.kind, 'what', d.what, 'ref', d.ref, 'our_id', d.our_id, 'order_no',"
-            " d.order_no, 'ours_minor', d.ours_minor, 'theirs_minor', d.theirs_minor, 'currency', d.currency)"
-            " ORDER BY d.what, d.kind, d.ref, d.our_id) FROM bill_difference d WHERE d.provider = b.provider"
-            " AND d.day = b.day AND d.cleared_at IS NULL), '[]') AS differences FROM bill b"
-            " WHERE CAST(:day AS date) IS NULL OR b.day = :day ORDER BY b.day DESC, b.provider LIMIT :limit"
+            f"{_BILLS} WHERE (CAST(:day AS date) IS NULL OR b.day < :day OR (b.day = :day AND b.provider > :last))"
+            " AND (CAST(:provider AS text) IS NULL OR b.provider = :provider)"
+            " AND (NOT :differing OR b.code IS NOT NULL OR EXISTS (SELECT FROM bill_difference d"
+            " WHERE d.provider = b.provider AND d.day = b.day AND d.cleared_at IS NULL))"
+            " ORDER BY b.day DESC, b.provider LIMIT :limit"
         ),
-        {"day": day, "limit": limit},
+        {
+            "day": None if before is None else before[0],
+            "last": "" if before is None else before[1],
+            "provider": provider,
+            "differing": differing,
+            "limit": limit,
+            "shown_max": shown_max,
+        },
     )
     return [dict(row) for row in found.mappings()]
 

@@ -530,6 +530,14 @@ operator_key = sa.Table(
     sa.Column("revoked_at", At),
 )
 
+provider_route = sa.Table(
+    "provider_route",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),  # `sms` or `payment:<channel>`
+    sa.Column("route", JSONB, nullable=False),  # [[supplier, weight], …]: the order counts, objects have none
+    sa.Column("set_at", At, nullable=False, server_default=NOW),
+)
+
 idempotency = sa.Table(
     "idempotency",
     metadata,

@@ -56,6 +56,33 @@ async function list() {
     return item;
   }));
   show("list");
+  await bills();
+}
+
+// ---- suppliers' daily bills: the last ones, and each line that differs below its day
+const BILLS_SHOWN = 10;
+
+async function bills() {
+  const answer = await call(`/v1/admin/bills?limit=${BILLS_SHOWN}`);
+  if (!answer.ok) return;
+  const rows = (await answer.json()).data;
+  const differ = rows.reduce((sum, row) => sum + row.differing, 0);
+  $("bills-card").hidden = rows.length === 0;
+  $("bills-word").textContent = differ ? `${number.format(differ)} differ` : "all agree";
+  $("bills-word").className = `pill ${differ ? "wrong" : "good"}`;
+  $("bills").replaceChildren(...rows.flatMap((row) => {
+    const head = make("tr", row.differing ? "broken" : "");
+    const said = row.state === "read" ? `read ${new Date(row.read_at).toLocaleString()}` : row.code ? `not read: ${row.code}` : "not read yet";
+    head.append(make("td", "num", row.day), make("td", "", row.provider), make("td", "right", row.lines === null ? "–" : number.format(row.lines)),
+      make("td", "right", number.format(row.differing)), make("td", "quiet", said));
+    return [head, ...row.differences.map((one) => {
+      const line = make("tr", "quiet");
+      const cell = make("td", "", `${one.what} ${one.kind.replace("_", " ")}: order ${one.order_no}, ours ${one.ours_minor ?? "–"}, theirs ${one.theirs_minor ?? "–"} ${one.currency} minor (${one.ref || one.our_id})`);
+      cell.colSpan = 5;
+      line.append(cell);
+      return line;
+    })];
+  }));
 }
 
 function pill(word) {

@@ -7,8 +7,10 @@ is not in the route is not used for anything new; what it has under way is still
 Which of several comes first is a matter of the key alone (an order's number, a text's id): the same key has the same
 order in every process and at every repeat. Rendezvous hashing: another weight moves only keys from or to its supplier.
 
-`fairdrop:provider_routes` hash: `sms` or `payment:<channel>` -> JSON of a route that operators have set; none there: as
-the settings say. Every process looks once a second; without Redis it goes on with what it saw last.
+What operators set is in Postgres (ledger/provider_routes.py) and, for all processes to follow, in Redis:
+`fairdrop:provider_routes` hash: `sms` or `payment:<channel>` -> JSON of a route; none there: as the settings say. Every
+process looks twice a second; without Redis it goes on with what it saw last. A Redis that lost it gets it again from
+the worker (reconcile.py).
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from app.errors import DidNotHappen
 from app.providers import routes
 from app.providers.registry import open_providers
+from app.reconcile import copy_routes
 from tests.office.conftest import Office, document, open_office, settings_for, until
 
 ROUTES = "/v1/admin/providers/routes"
@@ -83,6 +85,46 @@ async def test_every_process_follows_within_a_second(office: Office) -> None:
         await other.aclose()
 
 
+async def test_routes_outlive_a_redis_that_lost_them(office: Office) -> None:
+    """Postgres has them: the worker gives Redis, and so every process, what operators set."""
+    await office.post(ROUTES, _to(sandbox_2=2, sandbox=1))
+    await office.post(ROUTES, _to("gone", sandbox=1))
+    await office.post(ROUTES, {"kind": "payment", "channel": "gone", "suppliers": None})
+    before = await office.redis("HGETALL", "fairdrop:provider_routes")
+    assert before
+    await office.redis("DEL", "fairdrop:provider_routes")
+    assert _route((await office.get(ROUTES)).json(), "card") == ({"sandbox": 1}, "settings")
+
+    assert await copy_routes(office.desk.engine, office.desk.link)
+    assert await office.redis("HGETALL", "fairdrop:provider_routes") == before
+    shown = _route((await office.get(ROUTES)).json(), "card")
+    assert shown == ({"sandbox-2": 2, "sandbox": 1}, "operators") and list(shown[0]) == [
+        "sandbox-2",
+        "sandbox",
+    ]
+    assert not await copy_routes(office.desk.engine, office.desk.link)  # they agree
+
+    # What is in Redis only, or otherwise, is not what an operator set.
+    await office.redis("HSET", "fairdrop:provider_routes", "payment:alipay", '{"sandbox":1}')
+    await office.redis("HSET", "fairdrop:provider_routes", "payment:card", '{"sandbox":1}')
+    assert await copy_routes(office.desk.engine, office.desk.link)
+    assert await office.redis("HGETALL", "fairdrop:provider_routes") == before
+
+
+async def test_a_route_set_while_redis_is_away_is_told_to_all_when_it_is_back(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: Any, **__: Any) -> Any:
+        raise DidNotHappen("no connection")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(office.desk.link, "call", away)
+        done = await office.post(ROUTES, _to(sandbox_2=1))
+        assert done.status_code == 200, done.text
+    assert await copy_routes(office.desk.engine, office.desk.link)
+    assert _route((await office.get(ROUTES)).json(), "card") == ({"sandbox-2": 1}, "operators")
+
+
 @pytest.mark.parametrize(
     ("body", "path", "code"),
     [
@@ -104,6 +146,7 @@ async def test_what_is_no_route_is_refused_and_changes_nothing(
     assert refused.status_code == 422, refused.text
     assert {"path": path, "code": code}.items() <= refused.json()["errors"][0].items()
     assert await office.redis("EXISTS", "fairdrop:provider_routes") == 0
+    assert not await copy_routes(office.desk.engine, office.desk.link)
 
 
 async def test_a_channel_that_leads_to_no_supplier_is_refused_at_publish(office: Office) -> None:
