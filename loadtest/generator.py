@@ -30,12 +30,16 @@ class Result:
     answers: int = 0
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
-    by_status: dict[int, list[float]] = field(default_factory=dict)  # latencies in ms
+    by_status: dict[int, list[float]] = field(
+        default_factory=dict
+    )  # latencies in ms, from the intended moment
+    trips: dict[int, list[float]] = field(default_factory=dict)  # the same from the moment of sending
     samples: int = 0
     in_time: Counter[int] = field(
         default_factory=Counter
     )  # open loop: answers that came before the last was due
-    unsent: int = 0  # open loop: requests whose time had come and that found no free connection until the end
+    starved: int = 0  # open loop: requests that found no free connection when their time had come
+    unsent: int = 0  # of those: not sent before the end
     cpu_s: float = 0.0  # of this generator: near `seconds`, it was the generator that was measured
     bodies: dict[int, bytes] = field(default_factory=dict)  # the last one of each status
 
@@ -51,10 +55,10 @@ class Result:
     def latencies_ms(self) -> list[float]:
         return [one for found in self.by_status.values() for one in found]
 
-    def quantile_ms(self, q: float, *statuses: int) -> float:
-        """Of the answers with these statuses; without any, of all."""
-        chosen = [one for status in statuses for one in self.by_status.get(status, ())]
-        ordered = sorted(chosen if statuses else self.latencies_ms)
+    def quantile_ms(self, q: float, *statuses: int, trip: bool = False) -> float:
+        """Of the answers with these statuses; without any, of all. trip: from the moment of sending."""
+        taken = self.trips if trip else self.by_status
+        ordered = sorted(one for status in statuses or taken for one in taken.get(status, ()))
         return ordered[min(len(ordered) - 1, int(len(ordered) * q))] if ordered else 0.0
 
 
@@ -64,7 +68,8 @@ class _Line(asyncio.Protocol):
     def __init__(self, run: _Run) -> None:
         self.run = run
         self.rest = b""
-        self.began = 0.0
+        self.began = 0.0  # perf_counter(); open loop: the intended moment
+        self.sent = 0.0
         self.busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -72,6 +77,7 @@ class _Line(asyncio.Protocol):
 
     def send(self, request: bytes, began: float) -> None:
         self.began = began
+        self.sent = time.perf_counter()
         self.busy = True
         self.transport.write(request)
 
@@ -120,11 +126,13 @@ class _Run:
             result.in_time[status] += 1
         if result.samples < SAMPLES_MAX:
             result.samples += 1
-            took_ms = (time.perf_counter() - line.began) * 1000
+            now = time.perf_counter()
             found = result.by_status.get(status)
             if found is None:
                 found = result.by_status[status] = []
-            found.append(took_ms)
+                result.trips[status] = []
+            found.append((now - line.began) * 1000)
+            result.trips[status].append((now - line.sent) * 1000)
         if self.keep_bodies:
             self.all_bodies.append(body)
         else:
@@ -228,6 +236,7 @@ async def open_loop(
         if run.idle:
             run.idle.pop().send(request, intended)
         else:
+            run.result.starved += 1
             run.due.append((request, intended))
     if give_up:
         run.result.unsent = len(run.due)

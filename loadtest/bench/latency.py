@@ -112,10 +112,16 @@ async def _at_70(door: Door, plan: Plan, capacity: dict[str, float], server: str
 
 
 async def _at_150(door: Door, plan: Plan, server: str) -> Found:
-    """Peak and overload interleaved: goodput is what is accepted in time of what can be accepted at all."""
+    """Peak and overload interleaved: goodput is what is accepted in time of what can be accepted at all.
+
+    A client has so many connections and no more. Where answers are slow all of them are busy, and requests wait for one
+    in the generator: that is latency too, and the sheet says how many did.
+    """
     sales, port = door.sales, door.front.port
     good: list[float] = []
     refused_ms: list[float] = []
+    accepted_ms: list[float] = []
+    starved: list[float] = []  # per cent of the requests
     refused = 0
     offered_per_s: list[float] = []
     void: str | None = None
@@ -138,7 +144,7 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
         try:
             result = await open_loop(
                 "127.0.0.1", port, sales.claims(), per_s=offered, connections=OVERLOAD_CONNECTIONS,
-                seconds=plan.seconds, give_up=True,
+                seconds=seconds, give_up=True,
             )  # fmt: skip
         finally:
             gc.enable()
@@ -148,6 +154,8 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
         offered_per_s.append(offered)
         turned = result.statuses[503] + result.statuses[429]
         refused += turned
+        starved.append(100 * result.starved / (result.answers + result.unsent))
+        accepted_ms.append(result.quantile_ms(0.99, 202))
         if turned:
             refused_ms.append(result.quantile_ms(0.99, 503, 429))
     where = f"{server}, 1 front process, {OVERLOAD:.0%} offered over {OVERLOAD_CONNECTIONS:,} connections"
@@ -164,5 +172,17 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
                 8, "p99 of a refusal under overload", where, REFUSED_MS, lambda: {"p99": refused_ms}, "ms"
             )
         )
-    found.lines["overload"] = {"goodput_percent": good, "refused": refused, "offered_per_s": offered_per_s}
+    if void is None:
+        found.sheets.append(
+            Sheet(
+                f"Too much: {OVERLOAD:.0%} of capacity, {server}, {OVERLOAD_CONNECTIONS:,} connections",
+                ["offered per second", "accepted, % of the peak", "accepted p99 ms", "refused p99 ms",
+                 "found no free connection, %"],
+                [[spread(offered_per_s, 0), spread(good, 0), spread(accepted_ms, 0),
+                  spread(refused_ms, 1) if refused_ms else "–", spread(starved, 1)]],
+            )
+        )  # fmt: skip
+    found.lines["overload"] = {
+        "goodput_percent": good, "refused": refused, "offered_per_s": offered_per_s, "starved_percent": starved,
+    }  # fmt: skip
     return found
