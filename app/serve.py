@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import signal
 import socket
 import sys
@@ -28,6 +29,10 @@ from app.settings import Settings
 from app.wire import Express, Lane, http_protocol
 
 log = structlog.get_logger("serve")
+
+# New objects between two looks of the collector. By default (700, 10, 10) a busy front looks through everything
+# once a second: 55-85 ms in which nobody is answered.
+COLLECT_AFTER = (10_000, 20, 20)
 
 Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
@@ -86,6 +91,13 @@ def listen_together(
     chosen = alone.getsockname()[1]
     alone.close()
     return [listen(host, chosen, backlog, what=what, option=option, share=True) for _ in range(count)]
+
+
+def keep_what_has_started() -> None:
+    """Spare the collector what lives as long as the process: modules, routes, models. Call once all has started."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_AFTER)
 
 
 def start_draining(app: Application) -> None:
@@ -184,6 +196,10 @@ class _Uvicorn(uvicorn.Server):
         )
         return made
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        keep_what_has_started()
+
     async def on_tick(self, counter: int) -> bool:
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             return True
@@ -246,6 +262,7 @@ async def serve_granian(app: Application, settings: Settings, host: str, port: i
     await lifespan.startup()
     if lifespan.failure is not None:
         raise lifespan.failure
+    keep_what_has_started()
     server = Server(
         app,
         address=host,
