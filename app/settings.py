@@ -173,12 +173,12 @@ class Settings(BaseSettings):
         description="connections of one process; beyond: 503 and closed. Fewer where the limit of open files is lower",
     )
     overload_turn_ms: float = Field(
-        20.0, gt=0, description="ms; when the event loop takes longer to come round, joins and polls queue up"
+        20.0, gt=0, description="ms; a longer turn of the event loop is a sign of a crowd (uvicorn)"
     )
     overload_wait_max_ms: float = Field(
-        25.0,
+        40.0,
         ge=0,
-        description="ms the first of them may have waited before newcomers get 503 at once; 0: nobody is turned away",
+        description="ms of waiting requests that a process takes; newcomers get 503 at once; 0: nobody is turned away",
     )
     close_within_s: float = Field(5.0, ge=0, description="s that requests under way get when a process stops")
 

@@ -18,14 +18,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.overload import CROWD_MIN, Gate
+from app.overload import Gate
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
 Tell = Callable[[Any], None]  # takes what an answer is made of
 Hot = Callable[[Headers, bytes, Tell], Any]  # answers a request from its headers and body
 
-_NOT_HOT = frozenset((b"connection", b"expect", b"transfer-encoding", b"upgrade"))
+_NOT_HOT = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
+_KEPT = frozenset((None, b"keep-alive", b"Keep-Alive"))  # `Connection`: what it says anyway; browsers send it
 
 
 @runtime_checkable
@@ -44,14 +45,14 @@ class Express(Protocol):
     def may_wait(self, data: bytes) -> bool:
         """Whether what begins like this is a request that may be turned away (503) where too many come."""
 
-    def is_shut(self, data: bytes) -> bool:
-        """Whether such a request would be refused now whatever it says: then it is not worth reading."""
+    def joins(self, data: bytes) -> bool:
+        """Whether it is one of those that wait for Redis."""
 
     def turned_away(self, head: bytes, date: bytes) -> bytes:
         """That response. head: of the request, in lower case."""
 
 
-TURN_EVERY_S = 0.01  # s between two looks at how long the event loop takes to come round
+LOOK_EVERY_S = 0.01  # s between two looks at how long the event loop takes to come round
 LINGER_S = 0.5  # s a refused client gets to read why
 FRESH_S = 1.0  # s in which a new connection's first request is waited for when the process stops
 FILES_KEPT = 128  # of the process' files, for stores, logs and listeners: not for connections
@@ -92,6 +93,13 @@ def limit_of_connections(wanted: int) -> int:
     return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - FILES_KEPT))
 
 
+def gate_of(settings: Settings) -> Gate | None:
+    """The gate of one process; None where nobody is to be turned away."""
+    if settings.overload_wait_max_ms <= 0:
+        return None
+    return Gate(settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000, time.perf_counter)
+
+
 class Lane:
     """What all connections of a process share: limits, the application's hot requests, the gate in front of them."""
 
@@ -105,10 +113,7 @@ class Lane:
         self.look_every_s = min(self.head_within_s, self.body_within_s, self.keep_alive_s) / 2
         self.connections_max = limit_of_connections(settings.connections_max)
         self.draining = False  # about to stop: every answer is the last of its connection
-        self.gate: Gate[tuple[Wire, bytes]] | None = None
-        if express is not None and settings.overload_wait_max_ms > 0:
-            turn_s, wait_s = settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000
-            self.gate = Gate(turn_s, wait_s, time.perf_counter, CROWD_MIN)
+        self.gate = gate_of(settings) if express is not None else None
         self._watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
         self._due = 0.0
         self._dates: tuple[Any, bytes] = (None, b"")
@@ -117,28 +122,16 @@ class Lane:
         """Measure the loop's turns for the gate, from the first connection on."""
         if self.gate is not None and self._watching is not loop:
             self._watching = loop
-            self._due = time.perf_counter() + TURN_EVERY_S
-            loop.call_later(TURN_EVERY_S, self._turned)
+            self._due = time.perf_counter() + LOOK_EVERY_S
+            loop.call_later(LOOK_EVERY_S, self._look)
 
-    def _turned(self) -> None:
+    def _look(self) -> None:
         assert self.gate is not None
         assert self._watching is not None
         now = time.perf_counter()
-        self.gate.turned(now - self._due)
-        self._due = now + TURN_EVERY_S
-        self._watching.call_later(TURN_EVERY_S, self._turned)
-
-    def shut(self, data: bytes) -> bool:
-        """Whether what begins like this would be refused anyway, once it were read."""
-        return self.express is not None and self.express.is_shut(data)
-
-    def let_in(self) -> None:
-        """A slice of those who wait at the gate."""
-        assert self.gate is not None
-        for wire, data in self.gate.take():
-            wire.let_in(data)
-        if self.gate:
-            wire.loop.call_soon(self.let_in)
+        self.gate.looked(now - self._due)
+        self._due = now + LOOK_EVERY_S
+        self._watching.call_later(LOOK_EVERY_S, self._look)
 
     def date_of(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """uvicorn's own headers (the date; a new list every second) as header lines."""
@@ -167,8 +160,7 @@ class Wire(HttpToolsProtocol):
     _still_since = 0.0
     _running: RequestResponseCycle | None = None  # what ASGI answers now
     _refused = False  # one connection too many: nothing of it is read
-    _queued = 0  # pieces that wait at the gate
-    _held_back = False  # nothing more is read from this client until its pieces have been let in
+    _under_way = False  # the gate counts a request of this client
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -210,7 +202,7 @@ class Wire(HttpToolsProtocol):
         now = self.loop.time()
         still = (self._heads, self._in_head)
         arriving = not self._in_head or self._head_bytes > 0 or self._heads == 0
-        if still != self._still or not arriving or self._queued or self.flow.read_paused:
+        if still != self._still or not arriving or self.flow.read_paused:
             self._still, self._still_since = still, now
         elif now - self._still_since >= (
             self.lane.head_within_s if self._in_head else self.lane.body_within_s
@@ -224,10 +216,9 @@ class Wire(HttpToolsProtocol):
         self._watch = self.loop.call_later(self.lane.look_every_s, self._look)
 
     def data_received(self, data: bytes) -> None:
-        lane = self.lane
-        gate = lane.gate
-        crowd = gate is not None and (gate.up or self._queued or lane.shut(data))
-        if not self._refused and not (crowd and self._waits(data)):
+        gate = self.lane.gate
+        crowd = gate is not None and (gate.up or gate.under_way >= gate.limit)
+        if not self._refused and not (crowd and self._turn_away(data)):
             self._read(data)
 
     def _read(self, data: bytes) -> None:
@@ -244,35 +235,24 @@ class Wire(HttpToolsProtocol):
 
     # the gate
 
-    def _waits(self, data: bytes) -> bool:
-        """Queue a piece at the gate, or turn a newcomer away; False: it is read at once."""
+    def _turn_away(self, data: bytes) -> bool:
+        """503 to one whole request, unread, if its sender would wait too long.
+
+        False: it has to be read. It is of a kind that is never refused, there is room, or it is not one whole request.
+        """
         lane = self.lane
         gate, express = lane.gate, lane.express
         assert gate is not None
         assert express is not None
-        if self._queued:  # its turn comes after what the same client sent before
-            if not self._held_back:
-                self._held_back = True
-                self.transport.pause_reading()
-        else:
-            between = self._in_head and self._head_bytes == 0 and not self._answering
-            if (
-                not between
-                or not (self.cycle is None or self.cycle.response_complete)
-                or self.flow.write_paused
-                or not express.may_wait(data)
-            ):
-                return False
-            if (gate.full or lane.shut(data)) and self._turn_away(data):
-                return True
-        if not gate:
-            self.loop.call_soon(lane.let_in)
-        gate.put((self, data))
-        self._queued += 1
-        return True
-
-    def _turn_away(self, data: bytes) -> bool:
-        """503 to one whole request, unread; False: it is not one whole request, so it has to be read."""
+        if gate.up and not gate.reading:
+            self.loop.call_soon(gate.turn_ended)
+        if not (
+            express.may_wait(data) if gate.late() else gate.under_way >= gate.limit and express.joins(data)
+        ):
+            return False
+        between = self._in_head and self._head_bytes == 0 and not self._answering
+        if not between or not (self.cycle is None or self.cycle.response_complete) or self.flow.write_paused:
+            return False
         end = data.find(b"\r\n\r\n")
         if end < 0:
             return False
@@ -286,15 +266,12 @@ class Wire(HttpToolsProtocol):
             length = int(digits)
         if end + 4 + length != len(data) or b"\r\ntransfer-encoding:" in head:
             return False
-        lane = self.lane
-        assert lane.gate is not None
-        assert lane.express is not None
-        lane.gate.turned_away += 1
+        gate.turn_away()
         self._heads += 1
         self.server_state.total_requests += 1
         self._unset_keepalive_if_required()
         self._idle_since = self.loop.time()
-        response = lane.express.turned_away(head, lane.date_of(self.server_state.default_headers))
+        response = express.turned_away(head, lane.date_of(self.server_state.default_headers))
         self._write(response, last=b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head)
         return True
 
@@ -306,17 +283,6 @@ class Wire(HttpToolsProtocol):
         self.transport.write(response)
         if last:
             self.transport.close()
-
-    def let_in(self, data: bytes) -> None:
-        """Read a piece whose turn has come."""
-        self._queued -= 1
-        if self.transport.is_closing():
-            return  # the client has gone
-        self._read(data)
-        if self._held_back and not self._queued:
-            self._held_back = False
-            if not self.flow.read_paused and not self.transport.is_closing():
-                self.transport.resume_reading()
 
     # what the parser calls, in this order
 
@@ -352,6 +318,7 @@ class Wire(HttpToolsProtocol):
         length = headers.get(b"content-length")
         return (
             headers.keys().isdisjoint(_NOT_HOT)
+            and headers.get(b"connection") in _KEPT
             and (length is None or (len(length) < 10 and int(length) <= self.lane.body_max_bytes))
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
@@ -388,6 +355,9 @@ class Wire(HttpToolsProtocol):
             lane = self.lane
             assert lane.express is not None
             lane.express.ask(hot, self._hot_headers, self._hot_body, self._told)
+            if self._answering and lane.gate is not None:
+                self._under_way = True
+                lane.gate.begin()
         self._in_head = True
         self._head_bytes = 0
 
@@ -404,6 +374,10 @@ class Wire(HttpToolsProtocol):
 
     def _reply(self, response: bytes) -> None:
         self._answering = False
+        if self._under_way:
+            self._under_way = False
+            assert self.lane.gate is not None
+            self.lane.gate.end()
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return  # the client has gone
@@ -436,7 +410,7 @@ class Wire(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             super().shutdown()
             return
-        if self._answering or self._hot is not None or self._queued or not self._in_head or self._head_bytes:
+        if self._answering or self._hot is not None or not self._in_head or self._head_bytes:
             return
         if fresh_s > 0:
             self.loop.call_later(fresh_s, self.shutdown)

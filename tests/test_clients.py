@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -16,7 +17,6 @@ import pytest
 import uvicorn
 
 from app import wire
-from app.overload import LONG_TURNS
 from app.serve import drop_who_does_not_read, listen
 from app.settings import Settings
 from app.wire import http_protocol, limit_of_connections
@@ -34,6 +34,7 @@ class Shop:
     big_sent: int = 0
     ended: list[str] = field(default_factory=list)
     busy_s: float = 0.0  # what a hot answer costs
+    held: list[Callable[[], None]] | None = None  # POST /hot is not answered before these are called
 
     def finds(self, _method: bytes, target: bytes) -> Any:
         return target if target == b"/hot" else None
@@ -41,8 +42,8 @@ class Shop:
     def may_wait(self, data: bytes) -> bool:
         return b" /hot " in data[:20]
 
-    def is_shut(self, _data: bytes) -> bool:
-        return False
+    def joins(self, data: bytes) -> bool:
+        return data.startswith(b"POST ")
 
     def turned_away(self, _head: bytes, date: bytes) -> bytes:
         self.away += 1
@@ -53,7 +54,10 @@ class Shop:
         until = time.perf_counter() + self.busy_s
         while time.perf_counter() < until:
             pass
-        tell(body)
+        if self.held is not None and body:
+            self.held.append(partial(tell, body))
+        else:
+            tell(body)
 
     def response(self, given: Any, _headers: Any, date: bytes, _tell: Callable[[Any], None]) -> bytes:
         return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b" % (len(given), date, given)
@@ -270,12 +274,10 @@ async def test_a_hundred_bad_clients_cost_the_others_nothing() -> None:
         assert grown < 150 * 500_000
 
 
-async def test_a_crowd_is_told_503_at_once_and_everyone_gets_one_answer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(wire, "CROWD_MIN", 8)
+async def test_a_crowd_is_told_503_at_once_and_everyone_gets_one_answer() -> None:
     async with serving(overload_turn_ms=5, overload_wait_max_ms=30) as front:
         front.shop.busy_s = 0.004
+        front.server.config.http.lane.gate.crowd_min = 8  # type: ignore[union-attr]
         readers = [await asyncio.open_connection("127.0.0.1", front.port) for _ in range(60)]
         statuses: list[bytes] = []
 
@@ -296,26 +298,46 @@ async def test_a_crowd_is_told_503_at_once_and_everyone_gets_one_answer(
         assert len(statuses) == 360
         assert statuses.count(b"200") == front.shop.answered > 60
         assert statuses.count(b"503") == front.shop.away > 30
-        assert LONG_TURNS > 1
 
 
-async def test_pieces_at_the_gate_keep_their_order_and_vanish_with_their_client() -> None:
-    async with serving(overload_turn_ms=0.001, overload_wait_max_ms=60_000) as front:
-        front.shop.busy_s = 0.002
+async def test_while_too_many_wait_for_redis_newcomers_are_told_so_and_the_others_are_served() -> None:
+    async with serving(overload_turn_ms=60_000) as front:
+        front.shop.held = held = []
+        lane = front.server.config.http.lane  # type: ignore[union-attr]
+        lane.gate.limit = 5
+        lane.gate.crowd_min, lane.gate._per_s = 5, 0.0
+        waiting = [asyncio.create_task(ask(front.port, POST + b"abcdefghij")) for _ in range(5)]
+        await until(lambda: len(held) == 5)
+        before = time.monotonic()
+        assert b" 503 " in await ask(front.port, POST + b"abcdefghij")
+        assert time.monotonic() - before < 2
+        assert b" 200 " in await ask(front.port)  # it waits for nothing
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-        for number in range(40):  # in pieces that split heads and bodies anywhere
-            request = POST + b"%010d" % number
-            cut = number % len(request)
-            writer.write(request[:cut])
-            await asyncio.sleep(0.002)
-            writer.write(request[cut:])
-        for number in range(40):
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
-            assert int(await reader.readexactly(10)) == number
-        _, gone = await asyncio.open_connection("127.0.0.1", front.port)
-        gone.write(GET * 30)
-        gone.transport.abort()
-        await until(lambda: front.connections == 1)
-        writer.write(GET)
-        assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).startswith(b"HTTP/1.1 200")
+        writer.write(POST + b"abc")  # what comes in pieces has to be read
+        await until(lambda: front.connections == 6)
+        await asyncio.sleep(0.05)  # not a wait: it parts the packets
+        writer.write(b"defghij")
+        await until(lambda: len(held) == 6)
+        assert front.shop.away == 1
+        for answer in held:
+            answer()
+        assert b" 200 " in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         writer.close()
+        assert all(b" 200 " in said for said in await asyncio.gather(*waiting))
+        assert lane.gate.under_way == 0
+        front.shop.held = None
+        assert b" 200 " in await ask(front.port, POST + b"abcdefghij")
+
+
+async def test_a_client_that_leaves_while_it_waits_is_not_counted_for_ever() -> None:
+    async with serving() as front:
+        front.shop.held = held = []
+        gate = front.server.config.http.lane.gate  # type: ignore[union-attr]
+        _, gone = await asyncio.open_connection("127.0.0.1", front.port)
+        gone.write(POST + b"abcdefghij")
+        await until(lambda: held)
+        assert gate.under_way == 1
+        gone.transport.abort()
+        await until(lambda: front.connections == 0)
+        held.pop()()
+        assert gate.under_way == 0

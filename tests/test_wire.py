@@ -29,9 +29,6 @@ class Shop:
     def finds(self, method: bytes, target: bytes) -> Any:
         return (lambda _headers, body, _tell: (target, body)) if target.startswith(b"/hot") else None
 
-    def is_shut(self, _data: bytes) -> bool:
-        return False
-
     def ask(self, hot: Any, headers: Any, body: bytes, tell: Callable[[Any], None]) -> None:
         self.lane += 1
         target, body = hot(headers, body, tell)
@@ -134,6 +131,15 @@ async def test_a_hot_answer_at_once_lets_the_next_hot_request_of_the_same_packet
         writer.write(get(b"/hot/1") * 50)
         assert await answers(reader, 50) == [b"lane /hot/1 "] * 50
         assert front.shop.lane == 50
+        writer.close()
+
+
+@pytest.mark.parametrize("said", [b"keep-alive", b"Keep-Alive"])
+async def test_a_browser_that_says_keep_alive_is_ordinary(said: bytes) -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(b"/hot", b"Connection: " + said) * 2)
+        assert await answers(reader, 2) == [b"lane /hot "] * 2
         writer.close()
 
 

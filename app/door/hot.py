@@ -8,7 +8,6 @@ any other server by ASGI: the same table, the same answers.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache, partial
 from typing import Any
@@ -78,6 +77,17 @@ def _problem(refusal: Refusal, request_id: bytes) -> Answer:
     return Answer.of(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
 
 
+def _crowded(draw: float, date: bytes) -> tuple[int, bytes]:
+    """What is told to a crowd: size of the body without the request id, and a format for size, id, CORS, id."""
+    refusal = refuse(
+        "busy", "Too many are asking; repeat the same request.", retry_after_s=retry_after_s(draw)
+    )
+    answer = _problem(refusal, b"")
+    body = answer.body.replace(b'"request_id":""', b'"request_id":"%b"')
+    head = answer.head.lines + date
+    return len(answer.body), b"%bcontent-length: %%d\r\nx-request-id: %%b\r\n%%b\r\n%b" % (head, body)
+
+
 class HotRoutes:
     """The outermost ASGI application of the front door, and its express lane.
 
@@ -95,6 +105,9 @@ class HotRoutes:
         self._body_max = settings.body_max_bytes
         self._remembered = lru_cache(PATHS_MAX)(self._of_sale)
         self._tasks: set[asyncio.Future[Any]] = set()
+        self._crowded: list[tuple[int, bytes]] = []  # what is told to a crowd in this second
+        self._crowded_date = b""
+        self._turn = 0  # which of them was told last
 
     def drain(self) -> None:
         """Say that this process is about to stop: /readyz answers 503, event streams end, requests go on."""
@@ -153,25 +166,27 @@ class HotRoutes:
     def may_wait(self, data: bytes) -> bool:
         return data.startswith((b"POST /v1/sales/", b"GET /v1/tickets/"))
 
-    def is_shut(self, data: bytes) -> bool:
-        claims = self.door.claims
-        return claims.crowded_until > 0 and claims.crowded and data.startswith(b"POST /v1/sales/")
+    def joins(self, data: bytes) -> bool:
+        return data.startswith(b"POST /v1/sales/")
 
     def turned_away(self, head: bytes, date: bytes) -> bytes:
-        """503 `busy` without a look at who asks; its `request_id` is new, and CORS as for any answer."""
+        """503 `busy` without a look at who asks; its `request_id` is new, and CORS as for any answer.
+
+        All but the id is built once a second: in a crowd this is what a process does most.
+        """
         self.door.counts["refused", "busy"] += 1
-        headers: dict[bytes, bytes] = {}
-        if self._cors and (at := head.find(b"\r\norigin:")) >= 0:
-            headers[b"origin"] = head[at + 9 : head.index(b"\r", at + 2)].strip()
-        refusal = refuse(
-            "busy",
-            "Too many are asking; repeat the same request.",
-            retry_after_s=retry_after_s(random.random()),
-        )
+        if date is not self._crowded_date:
+            self._crowded_date = date
+            self._crowded = [_crowded(draw / 4, date) for draw in range(4)]
+        self._turn = turn = (self._turn + 1) & 3
+        cors = b""
+        if self._cors:
+            at = head.find(b"\r\norigin:")
+            origin = head[at + 9 : head.index(b"\r", at + 2)].strip() if at >= 0 else None
+            cors = b"".join([b"%b: %b\r\n" % header for header in self._origins.headers(origin)])
         request_id = new_request_id()
-        headers[b"x-request-id"] = request_id
-        answer = _problem(refusal, request_id)
-        return self._response(answer, headers, date)
+        size, told = self._crowded[turn]
+        return told % (size + len(request_id), request_id, cors, request_id)
 
     def ask(self, hot: Hot, headers: Headers, body: bytes, tell: Tell) -> None:
         given: Answer | Exception | Later | None

@@ -5,7 +5,6 @@ No timers: an idle process sends at once. A batch is of one item of one epoch; i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +25,6 @@ from app.tokens import Keyring
 T = TypeVar("T")
 
 CALLS_QUEUED = 1  # whole calls that wait before newcomers may be refused: fewer are a pause, not a crowd
-CROWDED_S = 0.005  # s for which joins are refused unread after one that was read had to be
 
 # (buyer_id, units, again, perf_counter() when it was asked)
 Wish = tuple[bytes, int, bool, float]
@@ -49,14 +47,8 @@ class Claims(Generic[T]):
         self._crowd_min = CALLS_QUEUED * settings.batch_max
         self._wait_max_s = settings.join_wait_max_ms / 1000
         self._queues: dict[ItemView, Batcher[Wish, T]] = {}
-        self.crowded_until = 0.0  # perf_counter(); after a join was refused for the wait of those before it
         self.batches = 0
         self.joined = 0  # buyers in those batches
-
-    @property
-    def crowded(self) -> bool:
-        """Whether a join has just been refused for the wait of those before it: the next would be, too."""
-        return time.perf_counter() < self.crowded_until
 
     async def drain(self) -> None:
         """Wait for the joins under way: each has the link's deadline."""
@@ -75,7 +67,6 @@ class Claims(Generic[T]):
         if len(queue) >= self._crowd_min:
             first = queue.first
             if first is not None and wish[3] - first[3] > self._wait_max_s:
-                self.crowded_until = wish[3] + CROWDED_S
                 raise crowded()
         try:
             queue.put(wish, tell)

@@ -81,23 +81,25 @@ async def test_newcomers_do_not_wait_for_a_redis_that_keeps_others_waiting(
 
 
 async def test_while_redis_keeps_joins_waiting_further_joins_are_not_even_read(
-    open_door: Open, shop: Shop
+    open_door: Open, shop: Shop, redis: redis_async.Redis
 ) -> None:
-    front = await open_door(overload_wait_max_ms=25)
-    await shop.publish("x", units=5)
+    front = await open_door(overload_wait_max_ms=25, overload_turn_ms=60_000)
+    await shop.publish("x", units=500)
     await until(lambda: front.app.door.snapshots.get("x"))
-    ticket = (await front.join("x", "ann")).json()["ticket"]
-    claims, counts = front.app.door.claims, front.app.door.counts
-    assert not claims.crowded
-    claims.crowded_until = (
-        time.perf_counter() + 60
-    )  # as after a join that was refused for the queue before it
-    before = counts["join", "claimed"]
-    refused = await front.join("x", "bob")
+    assert (await front.join("x", "ann")).status_code == 202
+    gate = front.server.config.http.lane.gate  # type: ignore[union-attr]
+    await until(lambda: gate.under_way == 0)
+    gate.limit = 3
+    gate.crowd_min, gate._per_s = 3, 0.0
+    await redis.execute_command("CLIENT", "PAUSE", 2_000, "WRITE")
+    under_way = [asyncio.create_task(front.join("x", f"first-{number}")) for number in range(3)]
+    await until(lambda: gate.under_way == 3)
+    before = front.app.door.claims.joined
+    refused = await front.join("x", "newcomer")
     assert (refused.status_code, refused.json()["code"]) == (503, "busy")
     assert 1 <= int(refused.headers["retry-after"]) <= 4
-    assert (await front.poll(ticket, "ann")).status_code == 200  # nobody else is held up
-    assert (await front.http.get("/v1/sales/x/board")).status_code == 200
-    assert counts["join", "claimed"] == before
-    claims.crowded_until = 0.0
-    assert (await front.join("x", "bob")).status_code == 202
+    assert (await front.http.get("/v1/sales/x/board")).status_code == 200  # nobody else is held up
+    assert front.app.door.claims.joined == before
+    await redis.execute_command("CLIENT", "UNPAUSE")
+    assert [(await task).status_code for task in under_way] == [202] * 3
+    assert (await front.join("x", "newcomer")).status_code == 202
