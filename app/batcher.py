@@ -26,6 +26,8 @@ class Batcher(Generic[T, R]):
 
     send: takes 1..batch_max items and returns as many results, in order. An error of `send` goes to every item of the
     batch as it is (DidNotHappen or Unknown). At most in_flight_max calls at once, at most queue_max items waiting.
+    beside_min: items that must wait before a call is made beside another (a full batch always may): fewer and larger
+    batches cost less, and while one is under way nobody waits for long.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class Batcher(Generic[T, R]):
         batch_max: int = 256,
         in_flight_max: int = 2,
         queue_max: int = 20_000,
+        beside_min: int = 1,
     ) -> None:
         self._send = send
         self.batch_max = batch_max
         self.in_flight_max = in_flight_max
         self.queue_max = queue_max
+        self.beside_min = min(beside_min, batch_max)
         self.in_flight = 0
         self.batches = 0  # sent so far, for metrics: items / batches is the mean batch
         self.items = 0
@@ -67,7 +71,7 @@ class Batcher(Generic[T, R]):
         if len(self._queue) >= self.queue_max:
             raise Full(f"{self.queue_max} buyers are queued in this process")
         self._queue.append((item, tell, future))
-        if not self._woken and self.in_flight < self.in_flight_max:
+        if not self._woken and self._may_send():
             self._woken = True
             if self._loop is None:
                 self._loop = asyncio.get_running_loop()
@@ -87,10 +91,14 @@ class Batcher(Generic[T, R]):
             else:
                 await asyncio.sleep(0)
 
+    def _may_send(self) -> bool:
+        in_flight = self.in_flight
+        return in_flight == 0 or (in_flight < self.in_flight_max and len(self._queue) >= self.beside_min)
+
     def _wake(self) -> None:
         self._woken = False
         assert self._loop is not None
-        while self._queue and self.in_flight < self.in_flight_max:
+        while self._queue and self._may_send():
             items: list[T] = []
             tells: list[Callable[[R | Exception], None]] = []
             while self._queue and len(items) < self.batch_max:

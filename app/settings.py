@@ -188,6 +188,11 @@ class Settings(BaseSettings):
     batch_in_flight_max: int = Field(
         2, ge=1, le=8, description="line_join calls of one item on the wire at once"
     )
+    batch_beside_min: int = Field(
+        64,
+        ge=1,
+        description="buyers who must wait before a line_join call is made beside another of the item",
+    )
     batch_queue_max: int = Field(
         20_000, description="buyers queued in one front-door process before 503 busy"
     )

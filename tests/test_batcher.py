@@ -191,3 +191,30 @@ async def test_a_callback_that_fails_keeps_nothing_from_the_others(caplog: pytes
     await batcher.drain()
     assert told == [2]
     assert "could not tell" in caplog.text
+
+
+async def test_a_call_is_made_beside_another_only_for_enough_items() -> None:
+    sender = Sender()
+    batcher = Batcher(sender, batch_max=4, in_flight_max=3, beside_min=3)
+    futures = [batcher.submit(0)]
+    await turns()
+    futures += [batcher.submit(item) for item in (1, 2)]
+    await turns()
+    assert sender.batches == [[0]]
+    futures.append(batcher.submit(3))
+    await turns()
+    assert sender.batches == [[0], [1, 2, 3]]
+    futures += [batcher.submit(item) for item in (4, 5)]
+    sender.open.set()  # who are too few for a call beside another go when none is under way
+    assert await asyncio.gather(*futures) == [0, 2, 4, 6, 8, 10]
+    assert sender.batches == [[0], [1, 2, 3], [4, 5]]
+
+
+async def test_a_full_batch_is_always_enough_for_a_call_beside_another() -> None:
+    sender = Sender()
+    batcher = Batcher(sender, batch_max=1, in_flight_max=3, beside_min=64)
+    futures = [batcher.submit(item) for item in range(3)]
+    await turns()
+    assert sender.batches == [[0], [1], [2]]
+    sender.open.set()
+    assert await asyncio.gather(*futures) == [0, 2, 4]

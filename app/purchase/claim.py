@@ -80,6 +80,7 @@ class Claims(Generic[T]):
             settings.batch_max,
             settings.batch_in_flight_max,
             settings.batch_queue_max,
+            settings.batch_beside_min,
         )
 
     def _sender(self, view: SaleView, item: ItemView) -> Callable[[list[Wish]], Coroutine[Any, Any, list[T]]]:
