@@ -347,6 +347,7 @@ class AsksLoop:
         return more
 
     async def take_over(self) -> None:
+        self.streams.forget_missing()  # a sale that is made anew has no streams for a moment
         for sale in list(self.admitter.watched):
             await self.streams.take_over(
                 sale, self.settings.autoclaim_idle_ms, ASKS_MAX

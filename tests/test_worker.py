@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import worker as worker_module
-from app.answers import Busy
+from app.answers import Asked, Busy
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
 from app.ledger import confirming
@@ -100,6 +100,38 @@ async def test_a_worker_confirms_expires_and_tells_by_itself(shop: Shop) -> None
             return [row["position"] for row in rows] == list(range(1, len(rows) + 1))
 
         await until(numbered, "every event has its number")
+
+
+async def test_asks_are_read_again_once_their_stream_is_back(shop: Shop) -> None:
+    """While a sale is made anew its streams are gone for a moment; a worker that looked then never looked again."""
+    await shop.publish(3)
+    (seq,) = await shop.claim("ann")
+    await shop.confirm()
+    worker = Worker(shop.settings)
+    await worker.link.start()
+    try:
+        await worker.admitter.look()
+        await shop.link.call("UNLINK", shop.keys.asks)
+        assert not await worker.asking.turn()
+        await shop.link.call("XGROUP", "CREATE", shop.keys.asks, GROUP, "0", "MKSTREAM")
+        asked = await shop.scripts.ask_put(
+            sale=SALE,
+            epoch=1,
+            sku="A",
+            seq=seq,
+            buyer_id="ann",
+            kind="leave",
+            arg="-",
+            channel="x",
+            repeat_ms=1000,
+        )
+        assert asked == Asked()
+        await worker.asking.take_over()
+        await worker.asking.turn()
+        assert await shop.link.call("XLEN", shop.keys.asks) == 0
+    finally:
+        await worker.link.close()
+        await worker.engine.dispose()
 
 
 @pytest.mark.parametrize("rests", [True, False])
