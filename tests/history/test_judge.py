@@ -28,6 +28,7 @@ from app.record import (
     Order,
     Recorder,
     Refused,
+    Sale,
     Stream,
     Supplier,
     Ticket,
@@ -407,3 +408,62 @@ def test_the_command_judges_a_file_and_tells_the_story_of_the_first_counterexamp
     assert shown["ok"] is False
     assert [check["name"] for check in shown["checks"] if not check["ok"]] == ["money"]
     assert shown["story"]
+
+
+def polled(ticket: str, buyer: str, *states: str, seq: int = 7, order: str = "") -> list[Line]:
+    """Polls one after the other; an order is told with the last."""
+    lines: list[Line] = []
+    for number, state in enumerate(states):
+        common = {
+            "id": hash((ticket, number)),
+            "process": buyer,
+            "op": "poll",
+            "buyer": buyer,
+            "sale": "s",
+            "sku": SKU,
+        }
+        lines.append(Op(at=float(2 * number), do="invoke", **common))
+        last = order if number == len(states) - 1 else ""
+        lines.append(
+            Op(
+                at=float(2 * number + 1),
+                do="ok",
+                status=200,
+                ticket=ticket,
+                state=state,
+                seq=seq,
+                order=last,
+                **common,
+            )
+        )
+    return lines
+
+
+@pytest.mark.parametrize(("epoch", "broken"), [(1, {"set", "states"}), (2, set())])
+def test_a_claim_lapses_and_its_seq_is_given_again_only_when_a_sale_was_made_anew(
+    epoch: int, broken: set[str]
+) -> None:
+    lines: list[Line] = [
+        *polled("7-a", "ann", "claimed", "lapsed"),
+        *polled("7-b", "bob", "claimed"),
+        Sale(
+            at=9.0,
+            sale="s",
+            state="closed",
+            epoch=epoch,
+            limit=1,
+            standby=False,
+            held=False,
+            redis_epoch=epoch,
+        ),
+    ]
+    assert judge(lines).broken == broken
+
+
+def test_one_seq_has_one_order_in_a_sale_that_was_made_anew_too() -> None:
+    lines: list[Line] = [
+        *polled("7-a", "ann", "reserved", order="A"),
+        *polled("7-b", "bob", "reserved", order="B"),
+        Sale(at=9.0, sale="s", state="closed", epoch=2, limit=1, standby=False, held=False, redis_epoch=2),
+    ]
+    assert "was given to 2 tickets" in str(judge(lines).results)
