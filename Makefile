@@ -88,10 +88,15 @@ simulate: $(MADE_DEV) ## 100,000 simulated histories of payments, releases and d
 	$(BIN)/python -m tests.simulation.run $(ARGS)
 
 SEED ?= 1
-RUNS ?= 10
+RUNS ?= 3
 .PHONY: chaos
-chaos: $(MADE_DEV) ## kill everything in the middle of sales and let the judge look: SEED=1 RUNS=10, ARGS=--points
+chaos: $(MADE_DEV) ## break everything in the middle of sales and let the judge look: SEED=1 RUNS=3, ARGS="--only storm"
 	$(BIN)/python -m tests.chaos.chaos --seed $(SEED) --runs $(RUNS) $(ARGS)
+
+DIR ?= .campaign
+.PHONY: campaign
+campaign: $(MADE_DEV) ## the long form of chaos, about an hour; goes on where it was stopped: DIR=.campaign, ARGS=--summary
+	$(BIN)/python -m tests.chaos.chaos --campaign $(DIR) $(ARGS)
 
 .PHONY: format
 format: $(MADE_DEV) ## let ruff put the code in form

@@ -80,6 +80,16 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         Path(".fairdrop"), description="where `up` keeps stores, secrets, logs and urls.json"
     )
+    disk_min_mb: int = Field(
+        256,
+        ge=0,
+        description="MB left on the disk of `up`'s own stores below which joins get 503; 0: nobody looks",
+    )
+    ballast_mb: int = Field(
+        64,
+        ge=0,
+        description="MB of a file that is removed when Valkey ended on a full disk, so that it can start; 0: none",
+    )
     redis_deadline_s: float = Field(2.0, description="s; a Redis call without an answer by then is unknown")
     database_pool: int = Field(8, description="connections a process keeps to Postgres")
     database_deadline_s: float = Field(15.0, description="s; one SQL statement")

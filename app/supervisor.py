@@ -35,6 +35,7 @@ from types import FrameType
 from typing import IO, Protocol
 from urllib.parse import urlsplit
 
+from app.disk import Disk
 from app.embedded import (
     Postgres,
     Valkey,
@@ -56,6 +57,7 @@ ANSWERS_WITHIN_S = 60.0  # a process that has not answered /healthz by then neve
 STOPS_WITHIN_S = 15.0  # beyond drain_s and close_within_s; then it is killed
 LOOK_EVERY_S = 0.1
 NICE_MAX = 19  # the lowest priority there is
+DISK_EVERY_S = 1.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
 HEALTHY_AFTER_S = 30.0  # a process that lived this long starts with a short pause again
@@ -550,7 +552,18 @@ class Up:
     def supervise(self) -> None:
         """Start again whatever dies, until a signal asks for the end."""
         watched = [Watched(child) for child in (*self._stores, *self._processes)]
+        s = self.settings
+        disks = [
+            Disk(self.data_dir, store, min_mb=s.disk_min_mb, ballast_mb=s.ballast_mb, say=self._say)
+            for store in self._stores
+            if isinstance(store, Valkey)
+        ]
+        disk_due_at = 0.0
         while not self._asked_to_stop:
+            if time.monotonic() >= disk_due_at:
+                disk_due_at = time.monotonic() + DISK_EVERY_S
+                for disk in disks:
+                    disk.look()
             for one in watched:
                 if restart_if_due(one, self._say):
                     self._publish_urls()

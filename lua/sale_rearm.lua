@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- sale_rearm: accept a Redis that restarted from its own log as the sale's home again, or change nothing.
 --
 -- KEYS[1] sale            hash    the sale
@@ -9,7 +9,7 @@
 --
 -- Returns {'GONE'} | {'OLD'} other epoch | {'ARMED'} | {'BEHIND', pulse} | {'NOT', home}
 -- Law: only from old_home, only if nothing that Postgres saw is missing. The caller has checked that it was not promoted.
---   No fence on home: it changes here.
+--   No fence on home: it changes here. Runs when memory is full: or a full disk would keep the sale shut.
 -- Cost: O(1).
 local v = redis.call('HMGET', KEYS[1], 'epoch', 'home', 'pulse')
 if not v[1] then

@@ -83,7 +83,8 @@ class Loop:
 class StorePair:
     """One Valkey and one Postgres, started on first use, and the databases made in it."""
 
-    def __init__(self, home: Path, kind: str, loop: Loop) -> None:
+    def __init__(self, home: Path, kind: str, loop: Loop, *, durable: bool = False) -> None:
+        self._durable = durable
         self._home = home
         self._kind = kind
         self._loop = loop
@@ -111,12 +112,12 @@ class StorePair:
         if self._postgres is None:
             chosen = os.environ.get("FAIRDROP_TEST_POSTGRES_BIN")
             bin_dir = Path(chosen) if chosen else (system_postgres() if self._kind == "system" else None)
-            # fsync off: kill -9 of the server loses nothing (the kernel has the pages), only a power cut would.
+            # Usually without fsync: kill -9 loses nothing (the kernel has the pages), only a power cut would.
             self._postgres = Postgres(
                 self._home / "postgres",
                 secrets.token_urlsafe(12),
                 bin_dir=bin_dir or find_postgres(),
-                durable=False,
+                durable=self._durable,
                 # Its workers are not ours to end: DROP DATABASE … WITH (FORCE) fails where one is at work.
                 settings={"autovacuum": "off"},
             )
@@ -169,9 +170,10 @@ class StorePair:
 
 
 class Stores:
-    """The pairs of this pytest process, by kind; attributes are those of the usual pair."""
+    """The pairs of this pytest process, by kind; attributes are those of the usual pair. durable: with fsync."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
+        self._durable = durable
         self.home = Path(tempfile.mkdtemp(prefix="fairdrop-test-"))
         if os.geteuid() == 0:
             self.home.chmod(0o711)  # ours: `nobody`, who runs the stores then, passes through
@@ -183,7 +185,7 @@ class Stores:
         if kind not in self._pairs:
             home = self.home / kind
             make_folder(home)
-            self._pairs[kind] = StorePair(home, kind, self._loop)
+            self._pairs[kind] = StorePair(home, kind, self._loop, durable=self._durable)
         return self._pairs[kind]
 
     @property

@@ -23,7 +23,7 @@ from app import worker as worker_module
 from app.answers import Asked, Busy
 from app.embedded import Postgres, Valkey
 from app.keys import GROUP, SaleKeys
-from app.ledger import confirming
+from app.ledger import confirming, orders
 from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer
 from app.purchase.leased import QUIET_LOOKS, REST_TIMES
@@ -215,6 +215,27 @@ async def test_a_buyer_leaves_while_claimed(shop: Shop) -> None:
         await at_rest(shop)
     assert await shop.left() == 3
     assert await shop.link.call("XLEN", shop.keys.asks) == 0
+
+
+async def test_a_redis_that_restarts_full_is_armed_and_takes_units_back(shop: Shop, valkey: Valkey) -> None:
+    """As after a full disk: nothing may be taken, but what gives back runs."""
+    await shop.publish(3)
+    (seq,) = await shop.claim("ann")
+    async with at_work(shop):
+        await reserved(shop, 1)
+        valkey.settings["maxmemory"] = "1"
+        try:
+            valkey.restart(crash=True)
+            async with shop.engine.begin() as conn:
+                await orders.ask_to_leave(conn, (await shop.orders())[0]["order_no"])
+
+            async def gone() -> bool:
+                return await shop.byte(seq) == b"k"
+
+            await until(gone, "the unit is back")
+        finally:
+            del valkey.settings["maxmemory"]
+            valkey.restart(crash=True)
 
 
 async def test_claims_of_a_dead_worker_are_taken_over(shop: Shop) -> None:

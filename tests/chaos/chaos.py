@@ -1,11 +1,13 @@
-"""Chaos by seed: processes and stores are killed and stopped in the middle of a sale, then the judge looks.
+"""Every kind of fault by seed, over and over; what was survived is written down and can be summed up at any time.
 
-    python -m tests.chaos.chaos --seed 7 --runs 10            kills and stops, a sale a run
-    python -m tests.chaos.chaos --seed 7 --points             every crash point, a sale each
+    python -m tests.chaos.chaos --campaign DIR              the long form, about an hour
+    python -m tests.chaos.chaos --campaign DIR --summary    what has been survived so far, as a table
+    python -m tests.chaos.chaos --seed 7 --runs 3           three sales of each kind, seeds 7 to 9
+    python -m tests.chaos.chaos --only cuts --seed 7 --runs 1
 
-The same seed gives the same crowd and the same plan of faults (what the kernel makes of it is its own). Prints one line
-a run and, at the end, how many faults of each kind were survived, as JSON; exit status 1: a promise was broken, and
-the history is kept.
+The same seed gives the same crowd and the same plan of faults (what the kernel makes of it is its own). Each run is one
+line of DIR/runs.jsonl; runs that are there are not done again, so a campaign that was stopped goes on where it was. A
+broken promise keeps its history in DIR/broken, and the end is status 1.
 """
 
 from __future__ import annotations
@@ -13,134 +15,210 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import shutil
-import signal
 import sys
 import tempfile
-from collections import Counter
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from app.check_history import report
-from tests.chaos.planted import at_the_deadline
-from tests.chaos.points import POINTS
-from tests.chaos.scenario import Outcome, Plan, Stage, people, play
+from app.record import Mark
+from tests.chaos.kinds import KINDS
+from tests.chaos.scenario import Outcome, Plan, play
 from tests.chaos.system import Zygote
 from tests.conftest import Stores
 
-PROCESSES = ("front", "worker", "office", "sandbox")
-STORES = ("valkey", "postgres")
-STOP_S = 0.6  # of a SIGSTOP: longer than a lease's or a claim's patience here, shorter than the crowd's
+
+class Run(msgspec.Struct, kw_only=True):
+    """One sale under one kind of fault. survived: faults by name, as the history marks them."""
+
+    kind: str
+    seed: int
+    ok: bool
+    rested: bool
+    seconds: float
+    ops: int
+    survived: dict[str, int]
+    broken: list[str] = []  # checks of the judge, or what was not seen while the fault lasted
+    deaths: int = 0
+    surprises: int = 0
+    at: float = 0.0
 
 
-class Faults:
-    """The plan of one run, and what was really done."""
+def of_outcome(kind: str, seed: int, outcome: Outcome) -> Run:
+    marks = Counter(line.note for line in outcome.lines if isinstance(line, Mark) and line.what == "fault")
+    marks["poison"] = outcome.poisoned
+    return Run(
+        kind=kind,
+        seed=seed,
+        ok=outcome.verdict.ok and outcome.rested,
+        rested=outcome.rested,
+        seconds=round(outcome.seconds, 1),
+        ops=outcome.verdict.ops,
+        survived={note: count for note, count in marks.items() if count},
+        broken=sorted(outcome.verdict.broken),
+        deaths=len(outcome.deaths),
+        surprises=len(outcome.surprises),
+        at=time.time(),
+    )
 
-    def __init__(self, stores: Stores, seed: int, kills: int, stops: int) -> None:
-        self.stores = stores
-        self.dice = random.Random(f"faults:{seed}")
-        self.todo = [("kill", name) for name in (*PROCESSES, *STORES) for _ in range(kills)]
-        self.todo += [("stop", name) for name in PROCESSES for _ in range(stops)]
-        self.dice.shuffle(self.todo)
-        self.done: Counter[str] = Counter()
 
-    async def strike(self, stage: Stage) -> None:
-        await stage.after_opening(-0.3)
-        for what, name in self.todo:
-            await self._one(stage, what, name)
-            self.done[f"{what} {name}"] += 1
-            await asyncio.sleep(0.15 + self.dice.random() * 0.5)
+async def one(plan: Plan, kind: str, seed: int, zygote: Zygote, stores: Stores, kept: Path) -> Run:
+    """Play it and say in a line how it went; a broken promise tells its story, and its history is kept."""
+    began = time.monotonic()
+    try:
+        outcome = await play(plan, zygote, stores, seed)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is written down and the next run begins
+        run = Run(
+            kind=kind, seed=seed, ok=False, rested=False, ops=0, survived={}, at=time.time(),
+            seconds=round(time.monotonic() - began, 1), broken=[f"{type(error).__name__}: {error}"[:400]],
+        )  # fmt: skip
+        print(f"{kind} {seed}: BROKEN {run.broken[0]}", flush=True)
+        traceback.print_exception(error, limit=-6)
+        return run
+    run = of_outcome(kind, seed, outcome)
+    word = "ok" if run.ok else "BROKEN"
+    print(f"{kind} {seed}: {word}, {run.seconds} s, {run.ops} operations, {run.survived}", flush=True)
+    for surprise in outcome.surprises[:3]:
+        print(f"  surprise: {str(surprise)[:300]}")
+    if run.ok:
+        shutil.rmtree(outcome.history.parent, ignore_errors=True)
+    else:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(outcome.history, kept / f"{kind}-{seed}.jsonl")
+        for log in outcome.history.parent.glob("*.log"):
+            shutil.copy(log, kept / f"{kind}-{seed}-{log.name}")
+        print(f"  rested {outcome.rested}, history: {kept / f'{kind}-{seed}.jsonl'}")
+        print("\n".join(report(outcome.verdict, outcome.lines)), flush=True)
+    return run
 
-    async def _one(self, stage: Stage, what: str, name: str) -> None:
-        stage.fault(f"{'kill -9' if what == 'kill' else 'SIGSTOP'} of {name}")
-        if name == "valkey":
-            stage.valkey.restart(crash=True)
-        elif name == "postgres":
-            self.stores.postgres.restart(crash=True)
-        elif what == "kill":
-            stage.system.kill(name)
+
+def runs_of(folder: Path) -> list[Run]:
+    file = folder / "runs.jsonl"
+    if not file.exists():
+        return []
+    found = [msgspec.json.decode(raw, type=Run) for raw in file.read_bytes().splitlines() if raw]
+    return list({(run.kind, run.seed): run for run in found}.values())  # the last of each
+
+
+def todo(only: list[str], first: int, runs: int) -> Iterator[tuple[str, int]]:
+    """The long form, kinds in turn, so that a campaign that is stopped has some of each."""
+    left = {kind: (runs or KINDS[kind].runs) for kind in (only or KINDS)}
+    done: Counter[str] = Counter()
+    most = max(left.values())
+    for step in range(most):
+        for kind, count in left.items():
+            while done[kind] < round(count * (step + 1) / most):
+                yield kind, first + done[kind]
+                done[kind] += 1
+
+
+def summary(runs: list[Run]) -> Iterator[str]:
+    """A table by fault: how often, in how many sales, with which seeds; then what was broken."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    sales: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    struck: Counter[str] = Counter()
+    broken: dict[str, list[int]] = defaultdict(list)
+    for run in runs:
+        seeds[run.kind].add(run.seed)
+        sales[run.kind] += 1
+        seconds[run.kind] += run.seconds  # type: ignore[assignment]
+        if run.ok:
+            struck.update(run.survived)
         else:
-            stage.system.signal(name, signal.SIGSTOP)
-            await asyncio.sleep(STOP_S)  # not a wait of a test: the fault itself
-            stage.system.signal(name, signal.SIGCONT)
-
-
-def storm(stores: Stores, seed: int, *, kills: int = 1, stops: int = 1) -> tuple[Plan, Faults]:
-    """A sale of eight units under kills of every process and store."""
-    faults = Faults(stores, seed, kills, stops)
-    plan = Plan(
-        f"storm-{seed}",
-        units=8,
-        pay_within_s=3,
-        buyers=lambda dice: people(dice, 30, over_s=5.0),
-        control={"hooks": {"copies": 2, "shuffle_ms": 200}, "payments": {"error_rate": 0.05}},
-        fault=faults.strike,
-        open_for_s=4.0,
-    )
-    return plan, faults
-
-
-def at_point(name: str, action: str = "kill") -> Plan:
-    """A sale whose first passage of one crash point kills the process."""
-    point = POINTS[name]
-    late = name.startswith(("late", "refund"))
-    return Plan(
-        f"point-{name}",
-        units=6,
-        pay_within_s=2 if late else 3,
-        buyers=at_the_deadline if late else lambda dice: people(dice, 14, pays=0.6, think_s=0.05),
-        control={"late_pay": late},
-        points={point.role: f"{name}:{action}"},
-        open_for_s=4.0,
-    )
+            broken[run.kind].append(run.seed)
+    yield "| kind of sale | sales | seeds | broken | operations | s |"
+    yield "|---|---|---|---|---|---|"
+    for kind in sales:
+        ops = sum(run.ops for run in runs if run.kind == kind)
+        span = f"{min(seeds[kind])}–{max(seeds[kind])}"
+        yield f"| {kind} | {sales[kind]} | {span} | {broken.get(kind) or 0} | {ops} | {seconds[kind]:.0f} |"
+    yield ""
+    yield "| fault, survived | times |"
+    yield "|---|---|"
+    for note, count in sorted(struck.items()):
+        yield f"| {note} | {count} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=5, help="sales, with seeds that count up")
-    parser.add_argument("--kills", type=int, default=1, help="of each process and store, a run")
-    parser.add_argument("--stops", type=int, default=1, help="of each process, a run")
-    parser.add_argument("--points", action="store_true", help="every crash point instead, --runs seeds each")
+    parser.add_argument(
+        "--campaign", type=Path, metavar="DIR", help="where runs are written down; else nowhere"
+    )
+    parser.add_argument("--summary", action="store_true", help="print what has been survived so far")
+    parser.add_argument("--json", action="store_true", help="of the summary: as JSON")
+    parser.add_argument("--only", action="append", default=[], choices=list(KINDS), help="kinds of fault")
+    parser.add_argument("--seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--runs", type=int, default=0, help="sales of each kind, instead of the long form's")
+    parser.add_argument("--beside", type=int, default=3, help="sales that go on at once")
+    parser.add_argument("--again", action="store_true", help="play again what was broken on record")
+    parser.add_argument("--for-s", type=float, default=0.0, help="begin no further sale after so many s")
     options = parser.parse_args()
-    stores, zygote = Stores(), Zygote()
-    survived: Counter[str] = Counter()
-    broken = 0
+    folder: Path = options.campaign or Path(tempfile.mkdtemp(prefix="fairdrop-chaos-"))
+    if options.summary:
+        runs = runs_of(folder)
+        if options.json:
+            totals: Counter[str] = Counter()
+            for run in runs:
+                totals.update(run.survived if run.ok else {})
+            said: dict[str, Any] = {
+                "sales": len(runs),
+                "broken": [f"{run.kind} {run.seed}" for run in runs if not run.ok],
+                "survived": totals,
+            }
+            print(json.dumps(said, indent=2))
+        else:
+            print("\n".join(summary(runs)))
+        return 1 if any(not run.ok for run in runs) else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    asyncio.run(run_all(folder, options))
+    runs = runs_of(folder)
+    print("\n".join(summary(runs)))
+    return 1 if any(not run.ok for run in runs) else 0
+
+
+async def run_all(folder: Path, options: argparse.Namespace) -> None:
+    """Everything that is not on record yet. Sales wait more than they work, so some go on beside each other."""
+    over = {(run.kind, run.seed) for run in runs_of(folder) if run.ok or not options.again}
+    stores, zygote = Stores(durable=True), Zygote()
+    began = time.monotonic()
+    short = not options.campaign
     try:
-        for seed in range(options.seed, options.seed + options.runs):
-            for name in POINTS if options.points else [""]:
-                if name:
-                    plan, done = at_point(name), Counter({f"point {name}": 1})
-                else:
-                    plan, faults = storm(stores, seed, kills=options.kills, stops=options.stops)
-                    done = faults.done
-                outcome = asyncio.run(play(plan, zygote, stores, seed, planted=False))
-                fine = say(plan, seed, outcome)
-                broken += not fine
-                if not name or outcome.deaths:
-                    survived.update(done)
+        with (folder / "runs.jsonl").open("ab", buffering=0) as file:
+
+            async def go(kind: str, seed: int) -> None:
+                of = KINDS[kind]
+                plan = (of.short if short and of.short else of.plan)(seed)
+                run = await one(plan, kind, seed, zygote, stores, folder / "broken")
+                file.write(msgspec.json.encode(run) + b"\n")
+
+            wanted = [one for one in todo(options.only, options.seed, options.runs) if one not in over]
+            under_way: set[asyncio.Task[None]] = set()
+            for kind, seed in wanted:
+                if options.for_s and time.monotonic() - began > options.for_s:
+                    break
+                alone = not KINDS[kind].beside
+                while under_way and (alone or len(under_way) >= options.beside):
+                    _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                task = asyncio.create_task(go(kind, seed))
+                under_way.add(task)
+                if alone:
+                    await task
+                    under_way.clear()
+            if under_way:
+                await asyncio.wait(under_way)
     finally:
         zygote.close()
         stores.close()
-    print(json.dumps({"survived": survived, "runs_broken": broken}, indent=2))
-    return 1 if broken else 0
-
-
-def say(plan: Plan, seed: int, outcome: Outcome) -> bool:
-    fine = outcome.verdict.ok and outcome.rested
-    said = f"{plan.name} seed {seed}: {'ok' if fine else 'BROKEN'}, {outcome.verdict.ops} operations"
-    print(f"{said}, {len(outcome.deaths)} deaths, {outcome.seconds:.1f} s, rested {outcome.rested}")
-    for surprise in outcome.surprises[:3]:
-        print(f"  surprise: {str(surprise)[:200]}")
-    if not fine:
-        kept = Path(tempfile.mkdtemp(prefix=f"fairdrop-{plan.name}-"))
-        shutil.copy(outcome.history, kept)
-        print(f"  history: {kept}")
-        print("\n".join(report(outcome.verdict, outcome.lines)))
-    sys.stdout.flush()
-    return fine
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import redis.asyncio
 
 from app.crowd import Buyer
 from app.keys import SaleKeys
+from tests.chaos.faults import pulse, put_back
 from tests.chaos.scenario import SKU, Plan, Stage, people
 
 
@@ -43,17 +44,9 @@ async def an_older_log_comes_back(stage: Stage) -> None:
     await stage.after_opening(2.0)
     stage.fault("Redis dies and comes back with an older log")
     stage.valkey.kill()
-    _put_back(older, folder)
+    put_back(older, folder)
     stage.valkey.start()
     await stage.after_opening(4.0)
-
-
-def _put_back(older: Path, folder: Path) -> None:
-    owner = folder.stat()
-    shutil.rmtree(folder)
-    shutil.copytree(older, folder)
-    for path in (folder, *folder.iterdir()):
-        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 async def the_power_fails(stage: Stage) -> None:
@@ -62,9 +55,9 @@ async def the_power_fails(stage: Stage) -> None:
     sizes: list[tuple[float, Path, int]] = []
     loop = asyncio.get_running_loop()
     await stage.after_opening(0.3)
-    beat = before = await _pulse(stage)
+    beat = before = await pulse(stage)
     while beat == before:  # just after a pulse: what is lost then is seen by nobody's pulse
-        beat = await _pulse(stage)
+        beat = await pulse(stage)
         await asyncio.sleep(0.02)
     since = loop.time()
     while loop.time() < since + 1.2:
@@ -82,10 +75,6 @@ async def the_power_fails(stage: Stage) -> None:
         os.truncate(path, size)
     stage.valkey.start()
     await stage.after_opening(4.0)
-
-
-async def _pulse(stage: Stage) -> int:
-    return int((await stage.sql("SELECT pulse FROM sale WHERE id = $1", stage.sale))[0]["pulse"])
 
 
 async def a_new_epoch_overtakes_a_release(stage: Stage) -> None:

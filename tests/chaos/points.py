@@ -1,9 +1,10 @@
 """Named crash points: one for every row of purchase-path.md's failure table where a process of ours may die or stall.
 
-`FAIRDROP_FAILPOINT=NAME:ACTION[:TIMES]` arms one in a process that tests/chaos/zygote.py starts: NAME is a key of
-POINTS, ACTION is `kill` (SIGKILL to itself), `sleep=SECONDS` or `lost` (an error after the fact), TIMES is how many
-passages do it (default 1). Nothing of this is in `app`: a point is put around a function of the product after the
-fork, so a production build has none by construction (tests/chaos/test_points.py holds that).
+`FAIRDROP_FAILPOINT=NAME:ACTION[:TIMES[:SKIPPED]]` (several with commas) arms them in a process that
+tests/chaos/zygote.py starts: NAME is a key of POINTS, ACTION is `kill` (SIGKILL to itself), `sleep=SECONDS` or `lost`
+(an error after the fact), TIMES is how many passages do it (default 1) after SKIPPED that do nothing (default 0). Each
+strike is a line in the file `FAIRDROP_FAILPOINT_STRUCK`. Nothing of this is in `app`: a point is put around a function
+of the product after the fork, so a production build has none by construction (tests/chaos/test_points.py holds that).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from app.purchase import confirm, pay
 from app.scripts import Scripts
 
 VARIABLE = "FAIRDROP_FAILPOINT"
+STRUCK = "FAIRDROP_FAILPOINT_STRUCK"  # the file that strikes are written to
 
 
 class Point(NamedTuple):
@@ -48,8 +50,8 @@ POINTS: dict[str, Point] = {
     "relay.before_script": Point(Scripts, "units_release", "before", "worker", "expirer after the row, before Redis"),
     "relay.after_script": Point(Scripts, "units_release", "after", "worker", "relay after the script"),
     "relay.close": Point(outbox, "close", "before", "worker", "relay before it closes the row"),
-    "topup.before_script": Point(Scripts, "stock_add", "before", "worker", "top-up between Postgres and Redis"),
-    "topup.after_script": Point(Scripts, "stock_add", "after", "worker", "top-up after the script"),
+    "topup.before_script": Point(Scripts, "stock_add", "before", "office", "top-up between Postgres and Redis"),
+    "topup.after_script": Point(Scripts, "stock_add", "after", "office", "top-up after the script"),
     "pay.before_send": Point(GuardedPayment, "create", "before", "worker", "payment: before send"),
     "pay.after_send": Point(GuardedPayment, "create", "after", "worker", "payment: no answer"),
     "pay.close": Point(GuardedPayment, "close", "after", "worker", "payment: closed, not on record"),
@@ -66,17 +68,28 @@ class Lost(OSError):
 
 
 def arm(text: str) -> None:
-    """Put the point around its function in this process. KeyError: there is no such point."""
-    name, action, *rest = text.split(":")
-    times = int(rest[0]) if rest else 1
+    """Put the points around their functions in this process. KeyError: there is no such point."""
+    for one in text.split(","):
+        _arm(*one.split(":"))
+
+
+def _arm(name: str, action: str, how_often: str = "1", skipped: str = "0") -> None:
+    times, skip = int(how_often), int(skipped)
     point = POINTS[name]
     real: Callable[..., Awaitable[Any]] = getattr(point.owner, point.name)
 
     async def strike() -> None:
-        nonlocal times
+        nonlocal times, skip
+        if skip > 0:
+            skip -= 1
+            return
         if times <= 0:
             return
         times -= 1
+        if file := os.environ.get(STRUCK):
+            line = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.write(line, f"{name}\n".encode())
+            os.close(line)
         verb, _, amount = action.partition("=")
         match verb:
             case "kill":

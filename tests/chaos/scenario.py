@@ -12,9 +12,10 @@ import asyncio
 import contextlib
 import random
 import secrets
+import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ import httpx
 
 from app.crowd import Buyer, Crowd
 from app.demo import Desk
-from app.embedded import Valkey, find_valkey
+from app.embedded import Postgres, Valkey, find_valkey
 from app.errors import FairdropError
 from app.history.final import finish
 from app.history.judge import Verdict, judge
-from app.record import Line, Recorder, Run, read
+from app.record import Line, Mark, Recorder, Run, read
+from tests.chaos.cable import Cable
+from tests.chaos.dresses import CLOCK, write_clock
 from tests.chaos.proxy import Proxy
 from tests.chaos.system import System, Zygote
 from tests.conftest import Stores
@@ -38,7 +41,7 @@ SKU = "A"
 OPENS_IN_S = 1.2
 FREEZE_S = 0
 PEOPLE_WITHIN_S = 15.0  # after the close, for everybody's last answer
-REST_WITHIN_S = 15.0
+REST_WITHIN_S = 50.0  # at most: stores shall agree within 60 s of healing
 
 
 @dataclass
@@ -54,7 +57,9 @@ class Stage:
     database_url: str
     dice: random.Random
     opens_s: float
+    postgres: Postgres
     proxy: Proxy | None = None
+    cables: Mapping[tuple[str, str], Cable] = field(default_factory=dict)  # by process and by what it reaches
 
     async def sql(self, statement: str, *args: object) -> list[Any]:
         connection = await asyncpg.connect(self.database_url)
@@ -63,7 +68,7 @@ class Stage:
         finally:
             await connection.close()
 
-    async def until(self, reached: Callable[[], Awaitable[object]], within_s: float = 15.0) -> None:
+    async def until(self, reached: Callable[[], Awaitable[object]], within_s: float = 30.0) -> None:
         """Wait for something in the sale. AssertionError: it never came."""
         deadline = time.monotonic() + within_s
         while not await reached():
@@ -79,6 +84,9 @@ class Stage:
     async def after_opening(self, seconds: float) -> None:
         while (left := self.opens_s + seconds - self.crowd.now_s()) > 0:  # noqa: ASYNC110 - the sale's clock has no event
             await asyncio.sleep(left)
+
+    async def valkey_ended(self) -> bool:
+        return not self.valkey.running()
 
     def fault(self, note: str) -> None:
         self.record.mark("fault", note)
@@ -106,7 +114,13 @@ class Plan:
     control: Mapping[str, Any] = field(default_factory=dict)
     fault: Callable[[Stage], Awaitable[None]] = no_fault
     proxied: bool = False  # the front reaches Redis through a proxy
+    cabled: tuple[str, ...] = ()  # redis, postgres, supplier: every process reaches these through cables
     workers: int = 1
+    worker_name: str = ""  # all workers have this one name; empty: each has its own
+    chain: tuple[str, ...] = ()  # crash points, each struck once in whatever order
+    meanwhile: tuple[Callable[[Stage], Awaitable[None]], ...] = ()  # goes on until the faults are healed
+    dresses: Mapping[str, str] = field(default_factory=dict)  # process -> what else it gets after its fork
+    small_disk_mb: int = 0  # Redis has a disk of its own, so small
     valkey: Mapping[str, str] = field(default_factory=dict)  # settings of the planted run only
     heals: bool = (
         True  # False: no repair exists for this fault, so only `caught_by` must stay silent without the bug
@@ -115,6 +129,8 @@ class Plan:
 
 @dataclass
 class Outcome:
+    """struck: crash points that were reached."""
+
     verdict: Verdict
     lines: list[Line]
     seconds: float
@@ -122,6 +138,12 @@ class Outcome:
     surprises: list[BaseException]
     rested: bool
     history: Path
+    struck: list[str] = field(default_factory=list)
+
+    @property
+    def poisoned(self) -> int:
+        """Poison entries that were put among the claims."""
+        return sum(isinstance(line, Mark) and line.what == "poison" for line in self.lines)
 
 
 def people(
@@ -160,46 +182,66 @@ def document(plan: Plan, sale: str, opens_s: float) -> dict[str, Any]:
     }
 
 
-async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted: bool) -> Outcome:
+async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted: bool = False) -> Outcome:
     """folder: the stores' own, for pytest takes the rights of other accounts off its temporary directories."""
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix=f"{plan.name}-", dir=stores.home))
     folder.chmod(0o711)
     dice = random.Random(f"{plan.name}:{seed}")
-    database_url = stores.new_database()
-    valkey = Valkey(
-        folder / "valkey",
-        secrets.token_urlsafe(12),
-        server=find_valkey(),
-        settings=plan.valkey if planted else {},
-    )
-    valkey.start()
     record = Recorder(folder / "history.jsonl")
     sale = f"chaos-{secrets.token_hex(3)}"
     record.add(Run(at=record.clock(), by="chaos", sale=sale, seed=seed))
-    proxy = Proxy(valkey.url, record) if plan.proxied else None
-    if proxy is not None:
-        await proxy.start()
-    system = System(
-        zygote,
-        folder,
-        redis_url=valkey.url,
-        database_url=database_url,
-        plants=plan.plants if planted else (),
-        environment=plan.environment,
-        workers=plan.workers,
-    )
-    if proxy is not None:
-        system.roles["front"].environment["FAIRDROP_REDIS_URL"] = proxy.url
-    surprises: list[BaseException] = []
-    desk = Desk(system.url("office"), system.operator_key)
-    sandbox = Desk(system.url("sandbox"), "")
-    crowd = Crowd(plan.buyers(dice), front=system.url("front"), sale=sale, sku=SKU, seed=seed, record=record)
-    alive: asyncio.Task[None] | None = None
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(record.close)
+        database_url = stores.new_database()
+        stack.callback(stores.drop_database, database_url)
+        if plan.small_disk_mb:
+            stack.enter_context(small_disk(folder / "valkey", plan.small_disk_mb))
+        valkey = Valkey(
+            folder / "valkey",
+            secrets.token_urlsafe(12),
+            server=find_valkey(),
+            settings=plan.valkey if planted else {},
+        )
+        stack.callback(valkey.kill)
+        valkey.start()
+        proxy = Proxy(valkey.url, record) if plan.proxied else None
+        if proxy is not None:
+            await proxy.start()
+            stack.push_async_callback(proxy.close)
+        system = System(
+            zygote,
+            folder,
+            redis_url=valkey.url,
+            database_url=database_url,
+            plants=plan.plants if planted else (),
+            environment=plan.environment,
+            workers=plan.workers,
+            worker_name=plan.worker_name,
+            chain=plan.chain,
+        )
+        stack.callback(system.close)
+        if proxy is not None:
+            system.roles["front"].environment["FAIRDROP_REDIS_URL"] = proxy.url
+        cables = await _cable(system, plan.cabled)
+        for cable in cables.values():
+            stack.push_async_callback(cable.close)
+        for name, dress in plan.dresses.items():
+            put_on(system, name, dress)
+        desk, sandbox = Desk(system.url("office"), system.operator_key), Desk(system.url("sandbox"), "")
+        stack.push_async_callback(desk.close)
+        stack.push_async_callback(sandbox.close)
+        crowd = Crowd(
+            plan.buyers(dice), front=system.url("front"), sale=sale, sku=SKU, seed=seed, record=record
+        )
+        stack.callback(crowd.close)
+
         await system.start(plan.points)
         alive = asyncio.create_task(system.keep_alive())
-        await sandbox.post("/control", {**plan.control, "seed": seed})
+        stack.push_async_callback(_end, alive)
+        control = {**plan.control, "seed": seed}
+        await sandbox.post("/control", control)
+        system.reborn["sandbox"] = lambda: sandbox.post("/control", control)  # it forgets how to misbehave
         await crowd.set_clock()
         opens_s = crowd.now_s() + OPENS_IN_S
         await desk.post("/v1/admin/sales", document(plan, sale, opens_s))
@@ -207,22 +249,21 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
         await _known(system, sale)
         crowd.freeze_before(FREEZE_S + 0.15)
         record.mark("began")
-        stage = Stage(system, valkey, record, sale, desk, crowd, database_url, dice, opens_s, proxy)
-        going = [asyncio.create_task(crowd._live(buyer, opens_s, OPENS_IN_S * 0.4)) for buyer in crowd.people]
-        try:
-            await asyncio.gather(plan.fault(stage), stage.after_opening(plan.open_for_s))
-            record.mark("healed")
-            await _close(desk, sale)
-            await asyncio.wait(going, timeout=3.0 if planted else PEOPLE_WITHIN_S)
-        finally:
-            for task in going:
-                task.cancel()
-            ended = await asyncio.gather(*going, return_exceptions=True)
-        surprises = [
-            one
-            for one in ended
-            if isinstance(one, BaseException) and not isinstance(one, asyncio.CancelledError)
-        ]
+        stage = Stage(
+            system,
+            valkey,
+            record,
+            sale,
+            desk,
+            crowd,
+            database_url,
+            dice,
+            opens_s,
+            stores.postgres,
+            proxy,
+            cables,
+        )
+        ended = await _let_them_in(plan, stage, patience_s=3.0 if planted else PEOPLE_WITHIN_S)
         rested = await finish(
             record,
             sale,
@@ -231,30 +272,98 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
             supplier=system.ledger,
             within_s=REST_WITHIN_S if not planted else 3.0,
         )
-    finally:
-        if alive is not None:
-            alive.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await alive
-        crowd.close()
-        await desk.close()
-        await sandbox.close()
-        system.close()
-        if proxy is not None:
-            await proxy.close()
-        valkey.kill()
-        record.close()
-        stores.drop_database(database_url)
     lines = read(folder / "history.jsonl")
     return Outcome(
         judge(lines),
         lines,
         time.monotonic() - began,
         system.deaths,
-        surprises,
+        [e for e in ended if isinstance(e, BaseException) and not isinstance(e, asyncio.CancelledError)],
         rested,
         folder / "history.jsonl",
+        system.struck(),
     )
+
+
+async def _let_them_in(plan: Plan, stage: Stage, *, patience_s: float) -> list[BaseException | None]:
+    """The sale itself, from the first buyer to everybody's last answer. Returns how each buyer's visit ended."""
+    crowd = stage.crowd
+    going = [
+        asyncio.create_task(crowd._live(buyer, stage.opens_s, OPENS_IN_S * 0.4)) for buyer in crowd.people
+    ]
+    beside = [asyncio.create_task(happen(stage)) for happen in plan.meanwhile]
+    try:
+        await asyncio.gather(plan.fault(stage), stage.after_opening(plan.open_for_s))
+        for task in beside:
+            await _end(task)
+        stage.record.mark("healed")
+        await _close(stage.desk, stage.sale)
+        for buyer, task in zip(crowd.people, going, strict=True):
+            if stage.opens_s + buyer.arrives_s > crowd.now_s():
+                task.cancel()  # they hear that it is over, and stay at home
+        await asyncio.wait(going, timeout=patience_s)
+    finally:
+        for task in (*going, *beside):
+            task.cancel()
+        ended = await asyncio.gather(*going, return_exceptions=True)
+        await asyncio.gather(*beside, return_exceptions=True)
+    return ended
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel it; what it has died of before is raised here."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+# What a process reaches by which setting; ("office", "hooks") would be the supplier's way to us.
+REACHES = {
+    "redis": dict.fromkeys(("front", "worker", "office"), "FAIRDROP_REDIS_URL"),
+    "postgres": dict.fromkeys(("worker", "office"), "FAIRDROP_DATABASE_URL"),
+    "supplier": {"worker": "FAIRDROP_SANDBOX_URL"},
+    "hooks": {"worker": "FAIRDROP_OFFICE_URL"},  # named in every payment: the supplier calls back there
+}
+
+
+async def _cable(system: System, what: Sequence[str]) -> dict[tuple[str, str], Cable]:
+    """A cable for every process and each of the things it reaches."""
+    cables: dict[tuple[str, str], Cable] = {}
+    for thing in what:
+        for role in system.roles.values():
+            setting = REACHES[thing].get(role.role)
+            if setting is not None:
+                cable = Cable(role.environment[setting])
+                await cable.start()
+                role.environment[setting] = cable.url
+                cables[role.name, thing] = cable
+    return cables
+
+
+def put_on(system: System, process: str, dress: str) -> None:
+    """Dress every later incarnation of a process."""
+    role = system.roles[process]
+    role.dresses.append(dress)
+    if dress == "clock":
+        file = system.folder / f"{process}.clock"
+        write_clock(file, 0.0)
+        role.environment[CLOCK] = str(file)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own under `folder`. OSError: only root may make one, and not everywhere."""
+    folder.mkdir(mode=0o711)
+    size = f"size={megabytes}m,mode=0711"
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "fairdrop-chaos", str(folder)], capture_output=True
+    )
+    if done.returncode != 0:
+        raise OSError(f"cannot mount a small disk: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
 
 
 async def _known(system: System, sale: str) -> None:

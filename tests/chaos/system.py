@@ -16,15 +16,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import psutil
 
+from app.errors import FairdropError
 from app.serve import listen
 from app.supervisor import answers
-from tests.chaos.points import VARIABLE
+from tests.chaos.points import POINTS, STRUCK, VARIABLE
 
 ANSWERS_WITHIN_S = 30.0
 ROLES = ("sandbox", "worker", "office", "front")
@@ -52,6 +55,10 @@ HURRIED = {
 }
 
 
+def _role_of(point: str) -> str:
+    return POINTS[point.split(":")[0]].role
+
+
 class Zygote:
     """Our end of the fork server. One for a pytest process."""
 
@@ -74,15 +81,15 @@ class Zygote:
         return self._process.pid
 
     def fork(
-        self, role: str, arguments: Sequence[str], environment: Mapping[str, str], plants: Sequence[str], log: Path,
-        fds: Sequence[int] = (),
-    ) -> psutil.Process:  # fmt: skip
+        self, role: Role, environment: Mapping[str, str], plants: Sequence[str], fds: Sequence[int] = ()
+    ) -> psutil.Process:
         order = {
-            "role": role,
-            "arguments": list(arguments),
+            "role": role.role,
+            "arguments": role.arguments,
             "environment": dict(environment),
             "plants": list(plants),
-            "log": str(log),
+            "dresses": role.dresses,
+            "log": str(role.log),
         }
         socket.send_fds(self._wire, [json.dumps(order).encode()], list(fds))
         pid: int = json.loads(self._wire.recv(4096))["pid"]
@@ -104,6 +111,7 @@ class Role:
     wire: socket.socket | None
     environment: dict[str, str]
     arguments: list[str] = field(default_factory=list)
+    dresses: list[str] = field(default_factory=list)
     process: psutil.Process | None = None
     wanted: bool = True  # to be started again when it dies
 
@@ -124,7 +132,11 @@ class System:
         plants: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         workers: int = 1,
+        worker_name: str = "",
+        chain: Sequence[str] = (),
     ) -> None:
+        """chain: crash points, each to be struck once, in whatever order the sale reaches them: every incarnation of a
+        process is armed with those of its role that are still to come."""
         self.folder = folder
         self.redis_url = redis_url
         self.database_url = database_url
@@ -133,6 +145,9 @@ class System:
         self.operator_key = secrets.token_urlsafe(24)
         self.roles: dict[str, Role] = {}
         self.deaths: list[str] = []
+        self.chain = list(chain)
+        self.reborn: dict[str, Callable[[], Awaitable[object]]] = {}  # done when a process is there again
+        self.sandbox_secret = secrets.token_urlsafe(36)
         self._zygote = zygote
         self._sockets = {
             name: listen("127.0.0.1", 0, 512, what=name, option="--port")
@@ -147,7 +162,7 @@ class System:
             "FAIRDROP_SIGNING_KEYS": secrets.token_urlsafe(36),
             "FAIRDROP_PII_KEYS": secrets.token_hex(32),
             "FAIRDROP_JWT_SECRET": secrets.token_urlsafe(36),
-            "FAIRDROP_SANDBOX_SECRET": secrets.token_urlsafe(36),
+            "FAIRDROP_SANDBOX_SECRET": self.sandbox_secret,
             "FAIRDROP_OPERATOR_KEY": self.operator_key,
             "FAIRDROP_OFFICE_URL": self.url("office"),
             "FAIRDROP_SANDBOX_URL": self.url("sandbox"),
@@ -162,7 +177,11 @@ class System:
             )
         for number in range(workers):
             name = "worker" if number == 0 else f"worker{number + 1}"
-            told = {**base, "FAIRDROP_WORKER_NAME": name, "FAIRDROP_PORT_FILE": str(folder / f"{name}.port")}
+            told = {
+                **base,
+                "FAIRDROP_WORKER_NAME": worker_name or name,
+                "FAIRDROP_PORT_FILE": str(folder / f"{name}.port"),
+            }
             self.roles[name] = Role(name, "worker", "", folder / f"{name}.log", None, told, ["--port", "0"])
 
     def url(self, name: str) -> str:
@@ -184,11 +203,29 @@ class System:
 
     def spawn(self, name: str, point: str | None = None) -> None:
         role = self.roles[name]
-        environment = dict(role.environment)
-        if point:
-            environment[VARIABLE] = point
+        environment = {**role.environment, STRUCK: str(self.folder / "struck")}
+        armed = [point] if point else [one for one in self.to_strike() if _role_of(one) == role.role]
+        if armed:
+            environment[VARIABLE] = ",".join(armed)
         fds = [role.wire.fileno()] if role.wire is not None else []
-        role.process = self._zygote.fork(role.role, role.arguments, environment, self.plants, role.log, fds)
+        role.process = self._zygote.fork(role, environment, self.plants, fds)
+
+    def struck(self) -> list[str]:
+        """The crash points that have been reached, in order."""
+        file = self.folder / "struck"
+        return file.read_text().split() if file.exists() else []
+
+    def to_strike(self) -> list[str]:
+        """What is left of the chain."""
+        over = Counter(self.struck())
+        left: list[str] = []
+        for one in self.chain:
+            name = one.split(":")[0]
+            if over[name] > 0:
+                over[name] -= 1
+            else:
+                left.append(one)
+        return left
 
     async def answers(self, name: str) -> None:
         """Wait until it serves. AssertionError: with its last words."""
@@ -209,12 +246,19 @@ class System:
 
     async def keep_alive(self) -> None:
         """Start again whatever died, until cancelled."""
-        while True:
-            for role in self.roles.values():
-                if role.wanted and role.process is not None and not role.process.is_running():
-                    self.deaths.append(role.name)
-                    self.spawn(role.name)
-            await asyncio.sleep(0.05)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for role in self.roles.values():
+                    if role.wanted and role.process is not None and not role.process.is_running():
+                        self.deaths.append(role.name)
+                        self.spawn(role.name)
+                        if role.name in self.reborn:
+                            group.create_task(self._greet(role.name))
+                await asyncio.sleep(0.05)
+
+    async def _greet(self, name: str) -> None:
+        with contextlib.suppress(OSError, httpx.HTTPError, FairdropError):  # killed again: another greets it
+            await self.reborn[name]()
 
     def close(self) -> None:
         """End everything at once; nothing here is needed any more."""

@@ -2,10 +2,10 @@
 
     python -m tests.chaos.zygote FD
 
-FD is one end of a socket pair (SEQPACKET). Each message is JSON: {"role", "arguments", "environment", "plants", "log"};
-sockets go along with it and become the `--fd` of the process. Answer: {"pid": …}. A planted bug (tests/chaos/plants.py)
-or a crash point (tests/chaos/points.py) is put in after the fork, in that one process. When the other end is closed,
-the server ends, and the kernel ends its children with it.
+FD is one end of a socket pair (SEQPACKET). Each message is JSON: {"role", "arguments", "environment", "plants",
+"dresses", "log"}; sockets go along with it and become the `--fd` of the process. Answer: {"pid": …}. A planted bug
+(tests/chaos/plants.py), a crash point (points.py) or a dress (dresses.py) is put in after the fork, in that one
+process. When the other end is closed, the server ends, and the kernel ends its children with it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MESSAGE_MAX = 64 * 1024
 def main(fd: int) -> None:
     wire = socket.socket(fileno=fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
+    import tests.chaos.dresses
     import tests.chaos.plants
     import tests.chaos.points  # noqa: F401 - the imports are what this server is for
 
@@ -57,8 +58,10 @@ def _become(order: dict[str, Any], fds: list[int]) -> None:
         os.dup2(log, 2)
         os.environ.update(order["environment"])
         random.seed()
-        from tests.chaos import plants, points
+        from tests.chaos import dresses, plants, points
 
+        for name in order["dresses"]:
+            dresses.DRESSES[name]()
         for name in order["plants"]:
             plants.PLANTS[name]()
         if point := order["environment"].get(points.VARIABLE):

@@ -498,6 +498,8 @@ async def test_a_claim_for_an_item_that_does_not_exist_is_buried(shop: Shop) -> 
     assert [row["buyer_id"] for row in await shop.orders()] == ["ann"]
     assert len(await shop.sql("SELECT 1 FROM dead_letter")) == 1
     assert await shop.backlog() == 0
+    due = await shop.sql("SELECT payload FROM outbox WHERE state = 'due'")
+    assert due == [], "Redis does not have the item: a release of it would be tried for ever"
 
 
 async def test_a_claim_with_a_row_is_never_buried(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
