@@ -68,37 +68,38 @@ from app.keys import FORMAT, GROUP, SaleKeys, breaker_history_key, breaker_key, 
 from app.link import Arg, Link, Rejected
 from app.resources import scripts
 
-_TURNED: dict[bytes, JoinAnswer] = {
-    b"K": Turned("closed"),
-    b"Y": Turned("not_open_yet"),
-    b"L": Turned("limit"),
-    b"S": Turned("sold_out"),
-    b"F": Turned("line_full"),
-    b"B": Turned("busy"),
+_W, _C, _H = b"WCH"
+_TURNED: dict[int, JoinAnswer] = {
+    ord("K"): Turned("closed"),
+    ord("Y"): Turned("not_open_yet"),
+    ord("L"): Turned("limit"),
+    ord("S"): Turned("sold_out"),
+    ord("F"): Turned("line_full"),
+    ord("B"): Turned("busy"),
 }
 
 
 def _joined(reply: list[Any]) -> Joined:
+    """The answers of one line_join. Its new tickets have the last seqs before next_seq, in the order of the buyers."""
+    _, now_ms, served, next_seq, words, *old = reply
     answers: list[JoinAnswer] = []
-    at, end = 4, len(reply)
-    while at < end:
-        word = reply[at]
-        if word == b"W":
-            answers.append(Waits(reply[at + 1]))
-            at += 2
-        elif word == b"C":
-            answers.append(Claimed(reply[at + 1]))
-            at += 2
-        elif word == b"H":
-            answers.append(Has(reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4]))
-            at += 5
-        elif word == b"X":
-            answers.append(Conflict(reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4]))
-            at += 5
-        else:
+    seq = next_seq - words.count(_W) - words.count(_C)
+    at = 0
+    for word in words:
+        if word == _C:
+            answers.append(Claimed(seq))
+            seq += 1
+        elif word == _W:
+            answers.append(Waits(seq))
+            seq += 1
+        elif word in _TURNED:
             answers.append(_TURNED[word])
-            at += 1
-    return Joined(reply[1], reply[2], reply[3], answers)
+        else:  # H or X
+            sku, digits, units = old[at].split(b":")
+            has = (sku, int(digits), int(units), old[at + 1])
+            answers.append(Has(*has) if word == _H else Conflict(*has))
+            at += 2
+    return Joined(now_ms, served, next_seq, answers)
 
 
 A = TypeVar("A", bound=Answer)
@@ -179,7 +180,7 @@ SERVE_KEYS = "sale item stock outcome line orders"
 LINE_JOIN: Script[Gone | Old | Joined] = Script(
     "line_join",
     keys=SERVE_KEYS + " buyers drawn others...",
-    args="epoch home now_ms sku backlog_max n again hashes buyers...",
+    args="epoch home now_ms sku backlog_max n again hashes units_each buyers...",
     answers=(Gone, Old, Joined),
 )
 LINE_LEAVE: Script[Gone | Old | Left | NotWaiting] = Script(
@@ -409,8 +410,8 @@ class Scripts:
             len(ids),
             "".join(["1" if flag else "0" for flag in again]),
             b"".join(hashes),
+            units[0] if units.count(units[0]) == len(units) else ",".join(map(str, units)),
             *ids,
-            *units,
             *others,
         ]
         reply = await self._raw(LINE_JOIN, keys, args)

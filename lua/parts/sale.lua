@@ -3,14 +3,14 @@
 -- Uses KEYS[1] sale, ARGV[1] epoch, ARGV[2] home (the run_id the caller's connection saw), ARGV[3] now_ms (0 = TIME).
 -- Gives S (fields as strings), now, closed, open, paused.
 -- Law: no sale key means closed, never zero; another epoch or home changes nothing; time never runs back.
-local S = {}
+local S
 do
   local v = redis.call('HMGET', KEYS[1], 'epoch', 'home', 'last_ms', 'paused', 'closed', 'line_opens_ms', 'opens_ms',
     'closes_ms', 'freeze_ms', 'opened', 'rate_milli', 'burst', 'tokens_micro', 'limit', 'line_max', 'standby', 'slow_milli',
     'advice_until_ms')
-  S.epoch, S.home, S.last_ms, S.paused, S.closed, S.line_opens_ms, S.opens_ms = v[1], v[2], v[3], v[4], v[5], v[6], v[7]
-  S.closes_ms, S.freeze_ms, S.opened, S.rate_milli, S.burst, S.tokens_micro = v[8], v[9], v[10], v[11], v[12], v[13]
-  S.limit, S.line_max, S.standby, S.slow_milli, S.advice_until_ms = v[14], v[15], v[16] == '1', v[17], v[18]
+  S = {epoch = v[1], home = v[2], last_ms = v[3], paused = v[4], closed = v[5], line_opens_ms = v[6], opens_ms = v[7],
+    closes_ms = v[8], freeze_ms = v[9], opened = v[10], rate_milli = v[11], burst = v[12], tokens_micro = v[13],
+    limit = v[14], line_max = v[15], standby = v[16] == '1', slow_milli = v[17], advice_until_ms = v[18]}
 end
 if not S.epoch then
   return {'GONE'}

@@ -59,7 +59,10 @@ def no_dedupe() -> None:
     """A repeated tap is a new buyer."""
     lua(
         ["line_join"],
-        ("local held = redis.call('HMGET', KEYS[7], unpack(ARGV, 9, 8 + n))", "local held = {}"),
+        (
+            "local held = redis.call('HMGET', KEYS[7], unpack(ARGV, BUYERS + 1, BUYERS + n))",
+            "local held = {}",
+        ),
         ("local mine = fresh[buyer]", "local mine = nil"),
     )
 

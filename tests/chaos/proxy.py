@@ -11,7 +11,7 @@ import hiredis
 from app.record import Recorder, Wire
 from app.scripts import LINE_JOIN
 
-ARGV_BUYERS = 8  # of line_join: epoch, home, now_ms, sku, backlog_max, n, again, hashes, then the buyers
+ARGV_BUYERS = 9  # of line_join: what stands before the buyers
 
 
 class Proxy:

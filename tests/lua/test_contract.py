@@ -68,6 +68,7 @@ def test_the_method_takes_the_arguments_of_the_header(name: str) -> None:
         "n",
         "again",
         "hashes",
+        "units_each",
         "group",
         "sale_id",
         "sku",

@@ -258,6 +258,41 @@ async def test_a_batch_of_a_thousand_fits(stage: Stage) -> None:
     assert again[:400] == [Has(b"A", n, 1, b"c") for n in range(1, 401)]
 
 
+@pytest.mark.parametrize("claimed", [True, False], ids=["claims", "places"])
+async def test_every_ticket_has_its_number_everywhere_it_is_written(stage: Stage, claimed: bool) -> None:
+    """Numbers are put together from their digits: across powers of ten, and with another wish in between."""
+    await stage.publish(2_000, line_max=10**6)
+    stage.at(OPENS if claimed else FREEZE)
+    for first in range(1, 1_010, 7):
+        wishes = [(f"b{seq}", 1 + (seq % 5 == 0)) for seq in range(first, first + 7)]
+        kind = Claimed if claimed else Waits
+        assert await stage.join(*wishes, backlog_max=10**6) == [kind(seq) for seq in range(first, first + 7)]
+    stored = {f"b{seq}": f"A:{seq}:{1 + (seq % 5 == 0)}" for seq in range(1, 1_016)}
+    assert await stage.buyers() == stored
+    if claimed:
+        assert await stage.claims() == [
+            f"1|1|A|{seq}|{1 + (seq % 5 == 0)}|{OPENS}|b{seq}" for seq in range(1, 1_016)
+        ]
+    else:
+        assert await stage.line() == {
+            f"{seq}-0": b"%d:b%d" % (1 + (seq % 5 == 0), seq) for seq in range(1, 1_016)
+        }
+
+
+async def test_old_tickets_and_refusals_stand_between_new_ones_at_their_places(stage: Stage) -> None:
+    await stage.publish(2)
+    assert await stage.join("ann", sku="B") == [Claimed(1)]
+    assert await stage.join(("bob", 3), "cat", "ann", "cat", ("cat", 2), "dan", "eve") == [
+        Turned("limit"),
+        Claimed(1),
+        Conflict(b"B", 1, 1, b"c"),
+        Has(b"A", 1, 1, b"c"),
+        Conflict(b"A", 1, 1, b"c"),
+        Claimed(2),
+        Turned("sold_out"),
+    ]
+
+
 async def test_two_hundred_at_once_share_ten_units_and_one_buyer_gets_one_ticket(stage: Stage) -> None:
     await stage.publish(10)
     buyers = [f"b{n}" for n in range(150)] + ["ann"] * 50
