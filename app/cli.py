@@ -337,15 +337,15 @@ def rebuild(
     from dataclasses import asdict
 
     from app import rebuild as rebuilding
+    from app.cluster import open_link
     from app.errors import DidNotHappen, Unknown
-    from app.link import Link
     from app.scripts import Scripts
 
     settings = _with_pii_keys(_with_stores(_settings(data_dir=data_dir), "database", "redis"))
     _logging(settings, "rebuild")  # to standard error: standard output is the report's
 
     async def run() -> rebuilding.Report | None:
-        link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="rebuild")
+        link = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="rebuild")
         await link.start()
         try:
             if not link.connected:

@@ -10,13 +10,13 @@ from fastapi import FastAPI
 
 from app import problems
 from app.challenge import Challenges
+from app.cluster import open_link
 from app.door import pages, passes, probes, sales, tickets
 from app.door.address import networks
 from app.door.counts import Counts
 from app.door.hot import HotRoutes
 from app.errors import CannotStart
 from app.identity import Identity
-from app.link import Link
 from app.purchase.accept import Door
 from app.purchase.track import Streams, Tracker
 from app.resources import release
@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> HotRoutes:
     networks(settings.trusted_proxies)
     identity = Identity(settings, ring)
     challenges = Challenges(settings, ring)
-    link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-front")
+    link = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-front")
     scripts = Scripts(link)
     snapshots = Snapshots(link, settings)
     tracker = Tracker(settings, link, ring, snapshots)

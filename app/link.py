@@ -272,6 +272,29 @@ class Link:
         replies: list[Reply] = await self._send(pack(*commands), len(commands), True, False, deadline_s)
         return replies
 
+    def at(self, key: str | bytes) -> Link:
+        """The link to the server that holds this key: for calls that speak of the server itself."""
+        return self
+
+    def home_of(self, key: str | bytes) -> str:
+        """The run_id of the server that holds this key, as the connection to it saw it."""
+        return self.run_id
+
+    async def again(
+        self,
+        error: Rejected,
+        args: Sequence[Arg],
+        *,
+        script: bool = False,
+        home_at: int | None = None,
+        deadline_s: float | None = None,
+    ) -> Reply:
+        """Make a call once more that was answered MOVED or ASK, at the node it names: see app.cluster.
+
+        home_at: where in args the run_id of the node stands. A server of its own has no other place: raises `error`.
+        """
+        raise error
+
     async def check_server(self) -> str:
         """The server's name and version as one sentence; CannotStart if it cannot hold a sale."""
         try:
@@ -294,6 +317,18 @@ class Link:
                 "a sale needs noeviction"
             )
         return f"{name} {version} at {self._address}"
+
+    async def ask_once(self, *command: Arg) -> Reply:
+        """One command over a connection that is made for it and then closed: `start` is not needed. OSError too."""
+        wire, _ = await self._connect(load=False)
+        try:
+            loop = asyncio.get_running_loop()
+            call = _Call(loop.create_future(), 1, False, False, loop.time())
+            wire.send(pack(command), call, CONNECT_DEADLINE_S)
+            return await call.future
+        finally:
+            wire.abort()
+            await wire.lost.wait()
 
     def _send(
         self, data: bytes, want: int, many: bool, script: bool, deadline_s: float | None

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import problems
+from app.cluster import open_link
 from app.desk import (
     bills,
     events,
@@ -34,7 +35,6 @@ from app.desk.wiring import Desk
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.ledger import idempotency, operators
 from app.ledger.engine import create_engine, passes
-from app.link import Link
 from app.problems import refuse
 from app.providers import published
 from app.providers.registry import open_providers
@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
     first_key = settings.operator_key.get_secret_value()
     if first_key and len(first_key) < OPERATOR_KEY_MIN:
         raise CannotStart(f"FAIRDROP_OPERATOR_KEY needs at least {OPERATOR_KEY_MIN} characters")
-    link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-office")
+    link = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="fairdrop-office")
     engine = create_engine(settings, name="fairdrop-office")
     suppliers = open_providers(settings)
     desk = Desk(settings, engine, link, Scripts(link), ring, seal_keys, suppliers.routes)

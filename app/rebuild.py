@@ -105,12 +105,13 @@ async def rebuild(
                 sale_id, begun.epoch, drained, len(begun.live), ended,
                 {item.sku: item.available for item in begun.items}, begun.dropped, round(time.monotonic() - began, 3),
             )  # fmt: skip
+            home = link.home_of(SaleKeys(sale_id).sale)
             async with engine.begin() as conn:
-                if not await rebuilding.finish(conn, sale_id, begun.epoch, link.run_id):
+                if not await rebuilding.finish(conn, sale_id, begun.epoch, home):
                     raise DidNotHappen(f"another rebuild of {sale_id} has overtaken this one")
                 await journal.append(
                     conn, actor=actor, role="system", action="sale.rebuild", sale=sale_id, reason=reason,
-                    detail=asdict(report) | {"home": link.run_id},
+                    detail=asdict(report) | {"home": home},
                 )  # fmt: skip
             await announce(link, sale)
     except BaseException:

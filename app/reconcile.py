@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import structlog
@@ -27,9 +28,9 @@ from app.answers import (
     Old,
     Pulsed,
 )
-from app.errors import DidNotHappen
+from app.errors import DidNotHappen, Unknown
 from app.keys import SaleKeys
-from app.ledger import course, provider_routes
+from app.ledger import course, provider_routes, sales
 from app.ledger.course import Home
 from app.ledger.engine import alone
 from app.ledger.rebuilding import REBUILDING
@@ -37,6 +38,7 @@ from app.link import Link
 from app.providers.routes import encode
 from app.purchase.admit import Admitter
 from app.rebuild import NotNow, rebuild
+from app.sale.publish import announce
 from app.scripts import Scripts
 from app.settings import Settings
 
@@ -184,10 +186,11 @@ class Reconciler:
 
     def _call(self, kind: str, why: str, sale: str, **facts: object) -> None:
         """Alert once for each sale and Redis, not ten times a minute."""
-        known = (sale, kind, self.link.run_id)
+        run_id = self.link.home_of(SaleKeys(sale).sale)
+        known = (sale, kind, run_id)
         if known not in self._called:
             self._called.add(known)
-            alert(kind, why, sale=sale, run_id=self.link.run_id, **facts)
+            alert(kind, why, sale=sale, run_id=run_id, **facts)
 
     def _lost(self, home: Home, kind: str, why: str, **facts: object) -> None:
         """The sale has no home in this Redis: a person is called, and a rebuild may come."""
@@ -232,37 +235,65 @@ class Reconciler:
         async with alone(self.engine) as conn:
             homes = await course.homes(conn)
         beaten: list[tuple[str, int, int]] = []
+        away: DidNotHappen | Unknown | None = None
         for home in homes:
             if home.home is None:
                 continue  # not published to Redis yet
             if home.home == REBUILDING:
                 self._lost(home, "rebuilding", "a rebuild is under way, or was interrupted")
                 continue
-            if home.home != self.link.run_id and not await self._arm(home):
+            try:
+                pulse = await self._beat(home)
+            except (DidNotHappen, Unknown) as error:
+                away = away or error  # of this sale's node of a cluster; the others beat on
                 continue
-            answer = await self.scripts.sale_pulse(sale=home.sale, epoch=home.epoch, pulse=home.pulse + 1)
-            match answer:
-                case Pulsed():
-                    beaten.append((home.sale, home.epoch, answer.pulse))
-                    ARMED.labels(home.sale).set(1)
-                    self._homeless.pop(home.sale, None)
-                case Gone():
-                    self._lost(home, "sale_gone", "Redis has lost a sale")
-                case Old():
-                    self._lost(
-                        home, "sale_elsewhere", "Redis and Postgres disagree on a sale's home or epoch"
-                    )
+            if pulse is not None:
+                beaten.append((home.sale, home.epoch, pulse))
         if beaten:
             async with alone(self.engine) as conn:
                 await course.note_pulses(conn, beaten)
+            await self._relist([sale for sale, _, _ in beaten])
+        if away is not None:
+            raise away
         return len(beaten)
+
+    async def _beat(self, home: Home) -> int | None:
+        """The pulse that Redis took; None: the sale has no home there."""
+        if home.home != self.link.home_of(SaleKeys(home.sale).sale) and not await self._arm(home):
+            return None
+        answer = await self.scripts.sale_pulse(sale=home.sale, epoch=home.epoch, pulse=home.pulse + 1)
+        match answer:
+            case Pulsed():
+                ARMED.labels(home.sale).set(1)
+                self._homeless.pop(home.sale, None)
+                return answer.pulse
+            case Gone():
+                self._lost(home, "sale_gone", "Redis has lost a sale")
+            case Old():
+                self._lost(home, "sale_elsewhere", "Redis and Postgres disagree on a sale's home or epoch")
+        return None
+
+    async def _relist(self, beaten: Sequence[str]) -> None:
+        """Sales that live and are not in the list of sales are listed again.
+
+        In a cluster the list may be on another node than the sale, and a failover of that node loses entries.
+        """
+        listed = {name.decode() for name in await self.link.call("HKEYS", keys.SALES)}
+        for sale_id in beaten:
+            if sale_id not in listed:
+                async with alone(self.engine) as conn:
+                    sale = await sales.get(conn, sale_id)
+                if sale is not None:
+                    _log.warning("the list of sales had lost a sale", sale=sale_id)
+                    await announce(self.link, sale)
 
     async def _arm(self, home: Home) -> bool:
         """Accept this Redis as the sale's home, if it is the old one, restarted from its own log."""
-        run_id = self.link.run_id
-        if not self.link.connected:
+        server = self.link.at(SaleKeys(home.sale).sale)
+        run_id = server.run_id
+        if not server.connected:
             raise DidNotHappen("not connected to Redis")
-        info = _info(await self.link.call("INFO", "replication"))
+        info = _info(await server.call("INFO", "replication"))
         if info.get("role") != "master":
             ARMED.labels(home.sale).set(0)
             self._call("replica", "this Redis is a replica: nothing can be written to it", home.sale)

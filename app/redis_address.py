@@ -34,8 +34,8 @@ class Address:
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES:
             raise CannotStart(
-                "the Redis address (FAIRDROP_REDIS_URL) must begin with redis://, rediss://, unix://"
-                " or redis+sentinel://"
+                "the Redis address (FAIRDROP_REDIS_URL) must begin with redis://, rediss://, unix://,"
+                " redis+sentinel:// or redis+cluster://"
             )
         watched = parts.scheme.endswith("+sentinel")
         try:

@@ -372,12 +372,22 @@ class Scripts:
         try:
             reply: list[Any] = await self.link.send(command, script=True, deadline_s=deadline_s)
         except Rejected as error:
-            if error.code != "NOSCRIPT":
-                raise
-            await self.link.call("SCRIPT", "LOAD", script.text)
             # Once: it did not happen the first time.
-            reply = await self.link.send(command, script=True, deadline_s=deadline_s)
+            if error.code == "NOSCRIPT":
+                await self.link.at(keys[0]).call("SCRIPT", "LOAD", script.text)
+                reply = await self.link.send(command, script=True, deadline_s=deadline_s)
+            elif error.code in ("MOVED", "ASK") and "new_home" not in script.args:
+                # Fenced by the home of the node that answers, not of the one that sent us there.
+                home_at = 3 + len(keys) + script.args.index("home") if "home" in script.args else None
+                reply = await self.link.again(
+                    error, command, script=True, home_at=home_at, deadline_s=deadline_s
+                )
+            else:
+                raise
         return reply
+
+    def _home(self, sale: str) -> str:
+        return self.link.home_of(sale_keys(sale).sale)
 
     async def line_join(
         self,
@@ -403,7 +413,7 @@ class Scripts:
         ids, units, again, hashes = zip(*buyers, strict=True)
         args: list[Arg] = [
             epoch,
-            self.link.run_id,
+            self._home(sale),
             now_ms,
             sku,
             backlog_max,
@@ -425,7 +435,7 @@ class Scripts:
         return await self._run(
             LINE_LEAVE,
             (k.sale, k.item(sku), k.outcome(sku), k.line(sku), k.left(sku)),
-            (epoch, self.link.run_id, now_ms, seq),
+            (epoch, self._home(sale), now_ms, seq),
         )
 
     async def line_advance(
@@ -435,7 +445,7 @@ class Scripts:
         return await self._run(
             LINE_ADVANCE,
             self._serve_keys(sale, sku),
-            (epoch, self.link.run_id, now_ms, sku, work_max, backlog_max),
+            (epoch, self._home(sale), now_ms, sku, work_max, backlog_max),
         )
 
     async def units_release(
@@ -460,7 +470,7 @@ class Scripts:
             (*self._serve_keys(sale, sku), k.status),
             (
                 epoch,
-                self.link.run_id,
+                self._home(sale),
                 now_ms,
                 sku,
                 seq,
@@ -481,7 +491,7 @@ class Scripts:
         return await self._run(
             UNITS_RETAKE,
             (k.sale, k.item(sku), k.stock, k.outcome(sku), k.line(sku), k.status),
-            (epoch, self.link.run_id, now_ms, sku, seq, units, version),
+            (epoch, self._home(sale), now_ms, sku, seq, units, version),
         )
 
     async def stock_add(
@@ -500,7 +510,7 @@ class Scripts:
         return await self._run(
             STOCK_ADD,
             self._serve_keys(sale, sku),
-            (epoch, self.link.run_id, now_ms, sku, units, id, work_max, backlog_max),
+            (epoch, self._home(sale), now_ms, sku, units, id, work_max, backlog_max),
         )
 
     async def ticket_mark(
@@ -521,7 +531,7 @@ class Scripts:
         return await self._run(
             TICKET_MARK,
             (k.sale, k.item(sku), k.outcome(sku), k.status),
-            (epoch, self.link.run_id, now_ms, sku, seq, version, byte, status_json, int(keep_ask)),
+            (epoch, self._home(sale), now_ms, sku, seq, version, byte, status_json, int(keep_ask)),
         )
 
     async def claims_mark(
@@ -549,7 +559,7 @@ class Scripts:
             CLAIMS_MARK,
             (k.sale, k.outcome(sku), k.status, k.orders),
             (
-                *(epoch, self.link.run_id, now_ms, sku, GROUP, before, behind, newest + 1, "".join(numbers)),
+                *(epoch, self._home(sale), now_ms, sku, GROUP, before, behind, newest + 1, "".join(numbers)),
                 *(len(runs), len(seqs), *runs, *seqs, *ids),
             ),
         )
@@ -575,7 +585,7 @@ class Scripts:
             (k.sale, k.item(sku), k.outcome(sku), k.status, k.asks),
             (
                 epoch,
-                self.link.run_id,
+                self._home(sale),
                 now_ms,
                 sku,
                 seq,
@@ -646,7 +656,7 @@ class Scripts:
             pairs += (field, value)
         return (
             (k.sale, k.stock, k.buyers, k.orders, k.asks, *[k.item(sku) for sku in skus]),
-            (str(fields["epoch"]), self.link.run_id, now_ms, sale, seed_hash, GROUP, len(skus), *pairs),
+            (str(fields["epoch"]), self._home(sale), now_ms, sale, seed_hash, GROUP, len(skus), *pairs),
         )
 
     async def sale_switch(
@@ -666,7 +676,7 @@ class Scripts:
         for field, value in changes.items():
             pairs += (field, value)
         return await self._run(
-            SALE_SWITCH, (sale_keys(sale).sale,), (epoch, self.link.run_id, now_ms, version, *pairs)
+            SALE_SWITCH, (sale_keys(sale).sale,), (epoch, self._home(sale), now_ms, version, *pairs)
         )
 
     async def item_switch(
@@ -675,7 +685,7 @@ class Scripts:
         """Stop or start the admission of one item."""
         k = sale_keys(sale)
         return await self._run(
-            ITEM_SWITCH, (k.sale, k.item(sku)), (epoch, self.link.run_id, now_ms, int(paused))
+            ITEM_SWITCH, (k.sale, k.item(sku)), (epoch, self._home(sale), now_ms, int(paused))
         )
 
     async def beacon_put(
@@ -684,7 +694,7 @@ class Scripts:
         """Store the public random value that completes the key of the draw, once, after the freeze."""
         if not value:
             raise ValueError("beacon_put: an empty value means that there is none")
-        return await self._run(BEACON_PUT, (sale_keys(sale).sale,), (epoch, self.link.run_id, now_ms, value))
+        return await self._run(BEACON_PUT, (sale_keys(sale).sale,), (epoch, self._home(sale), now_ms, value))
 
     async def sale_rearm(
         self, *, sale: str, epoch: int, old_home: str, new_home: str, pulse_at_least: int
@@ -696,7 +706,7 @@ class Scripts:
 
     async def sale_pulse(self, *, sale: str, epoch: int, pulse: int, now_ms: int = 0) -> Gone | Old | Pulsed:
         """Write the pulse; Postgres gets it afterwards."""
-        return await self._run(SALE_PULSE, (sale_keys(sale).sale,), (epoch, self.link.run_id, now_ms, pulse))
+        return await self._run(SALE_PULSE, (sale_keys(sale).sale,), (epoch, self._home(sale), now_ms, pulse))
 
     async def sale_advise(
         self,
@@ -714,7 +724,7 @@ class Scripts:
         return await self._run(
             SALE_ADVISE,
             (sale_keys(sale).sale,),
-            (epoch, self.link.run_id, now_ms, slow_milli, base_milli, reason, notices, lease_ms),
+            (epoch, self._home(sale), now_ms, slow_milli, base_milli, reason, notices, lease_ms),
         )
 
     async def rate_take(

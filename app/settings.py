@@ -70,7 +70,8 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         "",
         description="redis://[:password@]host:port/0, or redis+sentinel://[:password@]host:port,host:port,host:port"
-        "/service[?sentinel_password=…] (rediss… with TLS); empty: `up` embeds Valkey",
+        "/service[?sentinel_password=…], or redis+cluster://[:password@]host:port,host:port,host:port "
+        "(rediss… with TLS); empty: `up` embeds Valkey",
     )
     database_url: str = Field(
         "",

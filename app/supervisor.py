@@ -35,6 +35,7 @@ from types import FrameType
 from typing import IO, Protocol
 from urllib.parse import urlsplit
 
+from app.cluster import open_link
 from app.disk import Disk
 from app.embedded import (
     Postgres,
@@ -48,7 +49,6 @@ from app.embedded import (
     write_private,
 )
 from app.errors import CannotStart
-from app.link import Link
 from app.serve import listen, listen_together
 from app.settings import Settings
 from app.telemetry import MULTIPROCESS_DIR, forget_process, prepare_metrics
@@ -388,7 +388,7 @@ class Up:
 
     def _check_real_servers(self) -> None:
         if self.settings.redis_url:
-            asyncio.run(Link(self.settings.redis_url, name="check").check_server())
+            asyncio.run(open_link(self.settings.redis_url, name="check").check_server())
         if self.settings.database_url:
             from app.ledger import migrate
 

@@ -31,6 +31,7 @@ from starlette.routing import Route
 
 from app.alarm import alert
 from app.bills import Biller
+from app.cluster import open_link
 from app.contacts import remove_old
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
@@ -146,23 +147,74 @@ async def _rest(until: asyncio.Event, seconds: float) -> None:
 
 
 class Streams:
-    """Reads one kind of stream of every watched sale as a consumer of the group, on a link of its own if it blocks."""
+    """Reads one kind of stream of every watched sale as a consumer of the group, on a link of its own if it blocks.
+
+    In a cluster each node is read for itself. A read that still blocks when another node had something goes on, and
+    what it brings comes with the next `read`: entries that Redis has handed out are never let go.
+    """
 
     def __init__(self, link: Link, consumer: str, key: Callable[[str], str]) -> None:
         self.link = link
         self.consumer = consumer
         self.key = key
         self._missing: set[str] = set()
+        self._reading: dict[Link, asyncio.Task[dict[str, list[Entry]]]] = {}  # by node of a cluster
 
     async def read(self, sales: Sequence[str], count: int, *, block_ms: int = 0) -> dict[str, list[Entry]]:
         """Entries that no consumer has had yet: sale → entries. Waits up to block_ms for the first."""
-        sales = [sale for sale in sales if sale not in self._missing]
-        if not sales:
+        nodes: dict[Link, list[str]] = {}
+        for sale in sales:
+            if sale not in self._missing:
+                nodes.setdefault(self.link.at(self.key(sale)), []).append(sale)
+        if len(nodes) <= 1 and not self._reading:
+            for node, its in nodes.items():
+                return await self._read(node, its, count, block_ms)
             return {}
+        fresh: set[asyncio.Task[dict[str, list[Entry]]]] = set()
+        for node, its in nodes.items():
+            if node.connected and node not in self._reading:
+                task = asyncio.create_task(
+                    self._read(node, its, count, block_ms), name="read a node's streams"
+                )
+                self._reading[node] = task
+                fresh.add(task)
+        if not self._reading:
+            raise DidNotHappen("no node that has a sale is connected")
+        if block_ms:
+            await asyncio.wait(self._reading.values(), return_when=asyncio.FIRST_COMPLETED)
+        elif fresh:
+            await asyncio.wait(fresh)
+        return self._brought()
+
+    def _brought(self) -> dict[str, list[Entry]]:
+        """What the reads that are over have found. Raises one of the failures if they found nothing."""
+        found: dict[str, list[Entry]] = {}
+        failure: BaseException | None = None
+        for node, task in [(node, task) for node, task in self._reading.items() if task.done()]:
+            del self._reading[node]
+            if (error := task.exception()) is not None:
+                failure = error
+            else:
+                found |= task.result()
+        if failure is not None and not found:
+            raise failure
+        return found
+
+    async def rest(self) -> dict[str, list[Entry]]:
+        """What reads that still block bring until they end."""
+        if self._reading:
+            await asyncio.wait(self._reading.values())
+            with contextlib.suppress(DidNotHappen, Unknown):
+                return self._brought()
+        return {}
+
+    async def _read(
+        self, node: Link, sales: Sequence[str], count: int, block_ms: int
+    ) -> dict[str, list[Entry]]:
         names = [self.key(sale) for sale in sales]
         block = ("BLOCK", block_ms) if block_ms else ()
         try:
-            found = await self.link.call(
+            found = await node.call(
                 "XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, *block,
                 "STREAMS", *names, *[">"] * len(names),
                 deadline_s=self.link.deadline_s + block_ms / 1000,
@@ -196,10 +248,14 @@ class Streams:
             ]
         )
         pending: dict[str, list[Entry]] = {}
+        failed: list[Exception] = []
         for sale, found in zip(sales, answers, strict=True):
             if isinstance(found, Exception):
-                raise found
+                failed.append(found)
+                continue
             pending[sale] = [entry for _, entries in found or () for entry in entries if entry[1] is not None]
+        if failed and not pending:
+            raise failed[0]  # of several nodes those that answer are served
         return pending
 
     async def take_over(self, sale: str, idle_ms: int, count: int) -> list[Entry]:
@@ -208,6 +264,10 @@ class Streams:
             "XAUTOCLAIM", self.key(sale), GROUP, self.consumer, idle_ms, "0-0", "COUNT", count
         )
         return [entry for entry in reply[1] if entry is not None and entry[1] is not None]
+
+    def is_away(self, sale: str) -> bool:
+        """Whether the node of a cluster that holds this sale cannot be reached, while another can."""
+        return self.link.connected and not self.link.at(self.key(sale)).connected
 
     def forget_missing(self) -> None:
         self._missing.clear()
@@ -220,6 +280,8 @@ class Batch:
     sale: str
     entries: list[Entry]
     careful: bool = False
+    pause_s: float = 0.0  # before they are tried again: their node of a cluster is away
+    not_before: float = 0.0  # monotonic s
 
 
 @dataclass
@@ -239,9 +301,12 @@ class ConfirmLoop:
 
     async def turn(self) -> bool:
         begun = time.monotonic()
-        retried, self.held = self.held, []
-        for batch in retried:
-            self._start(batch)
+        held, self.held = self.held, []
+        for batch in held:
+            if begun >= batch.not_before:
+                self._start(batch)
+            else:
+                self.held.append(batch)
         fresh = await self.streams.read(
             self._with_room(),
             self.settings.confirm_batch_max,
@@ -287,12 +352,18 @@ class ConfirmLoop:
             if (error := task.exception()) is not None:
                 batch.careful = True
                 self.held.append(batch)
-                failure = error
+                if self.streams.is_away(batch.sale):
+                    batch.pause_s = min(max(BACKOFF_S, batch.pause_s * 2), BACKOFF_MAX_S)
+                    batch.not_before = time.monotonic() + batch.pause_s
+                else:
+                    failure = error
         if failure is not None:
             raise failure
 
     async def finish(self) -> None:
         """Wait for what is under way; what fails now stays pending, for another worker."""
+        for sale, entries in (await self.streams.rest()).items():
+            self._start(Batch(sale, entries))
         if self.working:
             await asyncio.wait(self.working)
 
@@ -363,8 +434,8 @@ class Worker:
         self.stopping = asyncio.Event()
         self.health = Health()
         self.engine: AsyncEngine = engines.create_engine(settings, name="fairdrop worker")
-        self.link = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker")
-        self.reading = Link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker-read")
+        self.link = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker")
+        self.reading = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker-read")
         self.scripts = Scripts(self.link)
         self.providers = providers or open_providers(settings)
         self.admitter = Admitter(self.link, self.scripts, settings)

@@ -27,7 +27,7 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     door = door_of(request)
     reasons: list[str] = []
-    if not door.link.connected:
+    if not door.link.connected or door.link.trouble:
         reasons.append(f"redis: {door.link.trouble or 'not connected'}")
     elif not door.snapshots.fresh:
         reasons.append("snapshot: stale")

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.cluster import open_link
 from app.errors import DidNotHappen
 from app.keys import GROUP, SaleKeys
 from app.ledger import books
@@ -57,7 +58,7 @@ async def finish(
     """
     settings = Settings(database_url=database_url, database_pool=2)
     database = engines.create_engine(settings, name="fairdrop history")
-    link = Link(redis_url, deadline_s=REDIS_DEADLINE_S, name="history")
+    link = open_link(redis_url, deadline_s=REDIS_DEADLINE_S, name="history")
     try:
         await link.start()
         for _ in range(int(connected_within_s / LOOK_EVERY_S)):
@@ -89,7 +90,7 @@ async def final(engine: AsyncEngine, link: Link, sale_id: str, *, at: float) -> 
                 raise LookupError(f"Postgres has no sale {sale_id}")
             item_books = await books.items(conn, sale_id)
             redis = await _read_redis(link, sale_id, list(item_books))
-    return _lines(rows, item_books, redis, link.run_id, at)
+    return _lines(rows, item_books, redis, link.home_of(SaleKeys(sale_id).sale), at)
 
 
 async def at_rest(engine: AsyncEngine, link: Link, sale_id: str, *, within_s: float) -> bool:

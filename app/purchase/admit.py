@@ -27,6 +27,7 @@ from app.answers import (
     Old,
     Served,
 )
+from app.errors import DidNotHappen, Unknown
 from app.keys import SaleKeys
 from app.ledger import course, events, outbox, sales
 from app.ledger.engine import alone
@@ -93,25 +94,48 @@ class Admitter:
         default_factory=dict
     )  # the rank each line was at after a call
     _noted: set[str] = field(default_factory=set)  # sales whose beacon Postgres knows
+    _names: list[str] = field(
+        default_factory=list
+    )  # the sales that had not ended when the list was last seen
+    _looked_at: float = 0.0  # monotonic s
+    _stuck: set[str] = field(
+        default_factory=set
+    )  # sales whose lines failed in the last tick while others did not
 
     async def look(self) -> None:
         """See which sales there are, and what has been switched. One round trip for the list, one for the facts."""
+        try:
+            names = await self._list()
+        except (DidNotHappen, Unknown):
+            if not self._names:
+                raise
+            # In a cluster the list is on one node, and the sales on others go on while that is away.
+            names = self._names
+            self.now_ms += round((time.monotonic() - self._looked_at) * 1000)
+        self._looked_at = time.monotonic()
+        facts = await self.link.pipeline([("HMGET", SaleKeys(name).sale, *_FIELDS) for name in names])
+        watched: dict[str, Watched] = {}
+        failed: list[Exception] = []
+        for name, values in zip(names, facts, strict=True):
+            if isinstance(values, Exception):
+                failed.append(values)
+            elif (seen := _seen(name, values)) is not None:
+                watched[name] = seen
+        if failed and len(failed) == len(names):
+            raise failed[0]
+        self._names = names
+        self.watched = watched
+        self._done = {line for line in self._done if line[0] in watched}
+        self._served = {line: rank for line, rank in self._served.items() if line[0] in watched}
+
+    async def _list(self) -> list[str]:
+        """Sales that have not ended, and Redis' clock."""
         clock, found = await self.link.pipeline([("TIME",), ("HGETALL", keys.SALES)])
         for answer in (clock, found):
             if isinstance(answer, Exception):
                 raise answer
         self.now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
-        names = [sale for sale, ended in listed(found) if not ended]
-        facts = await self.link.pipeline([("HMGET", SaleKeys(name).sale, *_FIELDS) for name in names])
-        watched: dict[str, Watched] = {}
-        for name, values in zip(names, facts, strict=True):
-            if isinstance(values, Exception):
-                raise values
-            if (seen := _seen(name, values)) is not None:
-                watched[name] = seen
-        self.watched = watched
-        self._done = {line for line in self._done if line[0] in watched}
-        self._served = {line: rank for line, rank in self._served.items() if line[0] in watched}
+        return [sale for sale, ended in listed(found) if not ended]
 
     async def turn(self) -> bool:
         """One tick. Whether there is more to do at once; waiting for tokens, units or the minute is no work."""
@@ -129,7 +153,20 @@ class Admitter:
             for sku in sale.skus
             if (sale.sale, sale.epoch, sku) not in self._done
         ]
-        return sum(await asyncio.gather(*(self._serve(sale, sku) for sale, sku in todo)))
+        served = await asyncio.gather(*(self._serve(sale, sku) for sale, sku in todo), return_exceptions=True)
+        failed: dict[str, BaseException] = {}
+        claimed = 0
+        for (sale, _), result in zip(todo, served, strict=True):
+            if isinstance(result, BaseException):
+                failed[sale.sale] = result
+            else:
+                claimed += result
+        if failed and len(failed) == len({sale.sale for sale, _ in todo}):
+            raise next(iter(failed.values()))
+        for name in failed.keys() - self._stuck:  # its node of a cluster is away: the others are served on
+            _log.warning("a line cannot be served now", sale=name, why=str(failed[name]))
+        self._stuck = set(failed)
+        return claimed
 
     async def _serve(self, sale: Watched, sku: str) -> int:
         """One line, call after call, until there is nothing to do or its turn is over.

@@ -192,7 +192,7 @@ async def go_live(conn: AsyncConnection, link: Link, scripts: Scripts, sale: Sal
         await switch(link, scripts, sale, announced=False)
     await announce(link, sale)
     async with conn.begin():
-        await sales.set_home(conn, sale.id, link.run_id)
+        await sales.set_home(conn, sale.id, link.home_of(keys.SaleKeys(sale.id).sale))
 
 
 async def switch(link: Link, scripts: Scripts, sale: Sale, *, announced: bool = True) -> None:

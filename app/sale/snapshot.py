@@ -410,7 +410,7 @@ class Snapshots:
         """Whether buyers may be told from this view: seen of late, and in the Redis that is the sale's home."""
         return (
             time.monotonic() - self.looked_at < self._stale_s
-            and view.home == self._link.run_id
+            and view.home == (self._link.run_id or self._link.home_of(view.keys.sale))
             and view.id not in self._broken
         )
 
@@ -463,23 +463,25 @@ class Snapshots:
         began = time.monotonic()
         replies = await self._link.pipeline(asked)
         ended = time.monotonic()
-        for reply in replies[:2]:
-            if isinstance(reply, Exception):
-                raise reply
-        seconds, micros = replies[0]
-        redis_ms = int(seconds) * 1000 + int(micros) / 1000
-        # The reply was made between `began` and `ended`; a slow answer says little, so a quick one is preferred.
-        offset = redis_ms - (began + ended) * 500
-        if self._offset_ms is None or ended - began < 0.02 or abs(offset - self._offset_ms) > 1000:
-            self._offset_ms = offset
-        known = _pairs(replies[1])
+        # In a cluster clock and list are on one node, and the sales on others go on while that is away.
+        listed = not isinstance(replies[0], Exception) and not isinstance(replies[1], Exception)
+        if listed:
+            seconds, micros = replies[0]
+            redis_ms = int(seconds) * 1000 + int(micros) / 1000
+            # The reply was made between `began` and `ended`; a slow answer says little, so a quick one is preferred.
+            offset = redis_ms - (began + ended) * 500
+            if self._offset_ms is None or ended - began < 0.02 or abs(offset - self._offset_ms) > 1000:
+                self._offset_ms = offset
+        elif all(isinstance(reply, Exception) for reply in replies):
+            raise next(reply for reply in replies[:2] if isinstance(reply, Exception))
         now_ms = self.now_ms()
         at = 2
         for view in watched:
             width = 3 + 2 * len(view.order)
             self._take(view.id, replies[at : at + width], now_ms)
             at += width
-        await self._discover(known)
+        if listed:
+            await self._discover(_pairs(replies[1]))
         self.looked_at = time.monotonic()
 
     def _due(self, sale_id: str) -> bool:
