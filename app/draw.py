@@ -56,23 +56,31 @@ def rank_of(seq: int, n: int, keys: RoundKeys) -> int:
     x = seq - 1
     while True:
         right, left = divmod(x, a)
-        # unrolled: twice as fast as a loop in CPython, and a front door does this once a poll
-        t = ((right + k1) % p) ** 2 + k2
-        left = (left + ((t % p) ** 2 + k3) % p) % a
-        t = ((left + k4) % p) ** 2 + k5
-        right = (right + ((t % p) ** 2 + k6) % p) % b
-        t = ((right + k7) % p) ** 2 + k8
-        left = (left + ((t % p) ** 2 + k9) % p) % a
-        t = ((left + k10) % p) ** 2 + k11
-        right = (right + ((t % p) ** 2 + k12) % p) % b
-        t = ((right + k13) % p) ** 2 + k14
-        left = (left + ((t % p) ** 2 + k15) % p) % a
-        t = ((left + k16) % p) ** 2 + k17
-        right = (right + ((t % p) ** 2 + k18) % p) % b
-        t = ((right + k19) % p) ** 2 + k20
-        left = (left + ((t % p) ** 2 + k21) % p) % a
-        t = ((left + k22) % p) ** 2 + k23
-        right = (right + ((t % p) ** 2 + k24) % p) % b
+        # unrolled, and squares by *: three times as fast as a loop in CPython; a front door does this once a poll
+        t = right + k1
+        t = (t * t + k2) % p
+        left = (left + (t * t + k3) % p) % a
+        t = left + k4
+        t = (t * t + k5) % p
+        right = (right + (t * t + k6) % p) % b
+        t = right + k7
+        t = (t * t + k8) % p
+        left = (left + (t * t + k9) % p) % a
+        t = left + k10
+        t = (t * t + k11) % p
+        right = (right + (t * t + k12) % p) % b
+        t = right + k13
+        t = (t * t + k14) % p
+        left = (left + (t * t + k15) % p) % a
+        t = left + k16
+        t = (t * t + k17) % p
+        right = (right + (t * t + k18) % p) % b
+        t = right + k19
+        t = (t * t + k20) % p
+        left = (left + (t * t + k21) % p) % a
+        t = left + k22
+        t = (t * t + k23) % p
+        right = (right + (t * t + k24) % p) % b
         x = right * a + left
         if x < n:
             return x + 1

@@ -369,15 +369,13 @@ class Wire(HttpToolsProtocol):
         assert lane.express is not None
         date = lane.date_of(self.server_state.default_headers)
         response = lane.express.response(given, self._hot_headers, date, self._told)
-        if response is not None:
-            self._reply(response)
-
-    def _reply(self, response: bytes) -> None:
+        if response is None:
+            return
         self._answering = False
         if self._under_way:
             self._under_way = False
-            assert self.lane.gate is not None
-            self.lane.gate.end()
+            assert lane.gate is not None
+            lane.gate.end()
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return  # the client has gone

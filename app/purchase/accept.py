@@ -274,12 +274,13 @@ class Door:
         """What a whole batch of buyers is told, each by the reply at the same place."""
         self._took(wishes)
         sign = self.ring.ticket_signer(view.id, view.epoch, item.position)
-        claimed_form = self.tracker.claimed_form(view, item)
+        claimed_form: Callable[[bytes, int, int, bytes], bytes] | None = None
         answers: list[Answer | Refusal | Later] = []
-        waiting = claimed = 0
+        waiting = claimed = sold_out = 0
         for (buyer_id, units, _, _), ticket_hash, reply in zip(wishes, hashes, replies, strict=True):
             if type(reply) is Claimed:
                 claimed += 1
+                claimed_form = claimed_form or self.tracker.claimed_form(view, item)
                 token = sign(reply.seq, units, ticket_hash)
                 answers.append(Answer(_NEW_TICKET_HEAD, claimed_form(token, reply.seq, units, ticket_hash)))
             elif type(reply) is Waits:
@@ -288,10 +289,14 @@ class Door:
                 ticket = Ticket(view.id, view.epoch, item.position, reply.seq, units, ticket_hash)
                 body = self.tracker.told_joined(token.decode(), ticket, view, item)
                 answers.append(Answer(_NEW_TICKET_HEAD, body))
+            elif type(reply) is Turned and reply.why == "sold_out":
+                sold_out += 1
+                answers.append(_SOLD_OUT)
             else:
                 answers.append(self._not_new(reply, view, buyer_id))
         self.counts["join", "waiting"] += waiting
         self.counts["join", "claimed"] += claimed
+        self.counts["join", "sold_out"] += sold_out
         return answers
 
     def _took(self, wishes: Sequence[Wish]) -> None:
@@ -330,9 +335,6 @@ class Door:
         """The answer to a join that gave no new ticket."""
         counts = self.counts
         match reply:
-            case Turned("sold_out"):
-                counts["join", "sold_out"] += 1
-                return _SOLD_OUT
             case Has(sku, seq, units, _):
                 counts["join", "held"] += 1
                 return self._held(view, sku.decode(), seq, units, buyer_id)
@@ -350,7 +352,7 @@ class Door:
                 counts["join", "old"] += 1
                 return stale()
             case Waits() | Claimed():
-                raise AssertionError("a new ticket is answered by _joined itself")
+                raise AssertionError("a new ticket is answered by _joined itself, and so is sold out")
             case _:
                 assert_never(reply)
 
