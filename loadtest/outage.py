@@ -6,7 +6,8 @@
 
 Starts servers of its own with two sandbox payment suppliers, keeps buyers joining at a steady rate (open loop: latency
 counts from the intended moment), and lets the first supplier hang, flap, answer 500, take the money and not answer
-(`lost`); in `all` both answer 500. Every link is paid at once, so an order that ends unpaid was lost.
+(`lost`); in `all` both answer 500. Every link is paid at once, so an order that ends unpaid was lost. In `texts` the
+first of two SMS suppliers answers 500, while buyers who left a number win in a second sale.
 
 What it says: p50 and p99 of joins before, during and after each fault; trips of the breaker; how long after a trip the
 other supplier was asked; how long after the fault everything was well again. Exit status 0: every promise was kept,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -28,7 +30,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -41,7 +43,7 @@ from loadtest.generator import Result, open_loop
 from loadtest.office import SKU, Office, Sale, read_urls
 from loadtest.run import CHECKOUT, CannotStart, servers
 
-FAULTS = ("hang", "flap", "error", "lost", "all")
+FAULTS = ("hang", "flap", "error", "lost", "all", "texts")
 FLAP_S = 3.0  # so long bad, so long well
 SICK: dict[str, dict[str, float]] = {
     "hang": {"hang_rate": 1.0},
@@ -49,7 +51,9 @@ SICK: dict[str, dict[str, float]] = {
     "error": {"error_rate": 1.0},
     "lost": {"lost_rate": 1.0},
     "all": {"error_rate": 1.0},
+    "texts": {"error_rate": 1.0},
 }
+SUPPLIERS = ("sandbox", "sandbox-2", "sandbox-sms", "sandbox-sms-2")
 WELL = {"hang_rate": 0.0, "error_rate": 0.0, "lost_rate": 0.0}
 REST_WITHIN_S = 90.0
 LOOK_EVERY_S = 0.1
@@ -104,8 +108,9 @@ class Report:
         return all(self.promises.values())
 
 
-def post(url: str, document: object, within_s: float = 10.0) -> Any:
-    return ask(urllib.request.Request(url, json.dumps(document).encode(), method="POST"), within_s)
+def post(url: str, document: object, *, buyer: str = "", headers: Mapping[str, str] | None = None) -> Any:
+    told = {"Content-Type": "application/json", **({"X-Buyer-Id": buyer} if buyer else {}), **(headers or {})}
+    return ask(urllib.request.Request(url, json.dumps(document).encode(), told, method="POST"))
 
 
 def ask(request: str | urllib.request.Request, within_s: float = 10.0) -> Any:
@@ -182,6 +187,7 @@ class Campaign:
     second: str
     office: Office
     sale: Sale
+    texted: Sale  # whose buyers have left a number
     pool: asyncpg.Pool
     buyers: Iterator[int]
     faults: list[Struck] = field(default_factory=list)
@@ -199,9 +205,9 @@ class Campaign:
         await asyncio.to_thread(post, f"{url}/control", changes)
 
     async def make(self, fault: str, sick: bool) -> None:
-        payments = (SICK[fault] if sick else WELL) | {"hang_ms": 30_000}
+        what = "sms" if fault == "texts" else "payments"
         for url in [self.urls["sandbox"]] + ([self.second] if fault == "all" else []):
-            await self.control(url, {"payments": payments})
+            await self.control(url, {what: (SICK[fault] if sick else WELL) | {"hang_ms": 30_000}})
 
     async def flap(self, fault: str, seconds: float) -> None:
         """The fault, for so long."""
@@ -216,11 +222,11 @@ class Campaign:
 
     async def breakers(self) -> dict[str, dict[str, Any]]:
         found = await asyncio.to_thread(self.office.providers)
-        return {one["name"]: one for one in found if one["name"] in ("sandbox", "sandbox-2")}
+        return {one["name"]: one for one in found if one["name"] in SUPPLIERS}
 
-    async def trips(self, since_ms: int) -> list[tuple[int, str]]:
+    async def trips(self, fault: str, since_ms: int) -> list[tuple[int, str]]:
         """When the first supplier's breaker opened since then, and out of which state. History holds the last ten."""
-        history = (await self.breakers())["sandbox"].get("history", [])
+        history = (await self.breakers())["sandbox-sms" if fault == "texts" else "sandbox"].get("history", [])
         return [(e["at_ms"], e["before"]) for e in history if e["after"] == "open" and e["at_ms"] >= since_ms]
 
     async def board(self) -> dict[str, Any]:
@@ -261,11 +267,12 @@ class Campaign:
 
         async def watch() -> None:
             while True:
-                note(seen, await self.trips(int(began.timestamp() * 1000)))
+                note(seen, await self.trips(fault, int(began.timestamp() * 1000)))
                 slowed.update(filter(None, [(await self.board())["slowdown"]]))
                 await asyncio.sleep(0.5)
 
         watching = asyncio.create_task(watch())
+        texting = asyncio.create_task(self.text()) if fault == "texts" else None
         try:
             during, _ = await asyncio.gather(self.join(o.fault_s), self.flap(fault, o.fault_s))
             ended = await self.pool.fetchval("SELECT now()")
@@ -279,10 +286,15 @@ class Campaign:
                     break
                 await asyncio.sleep(LOOK_EVERY_S)
             after = await after_task
-            note(seen, await self.trips(int(began.timestamp() * 1000)))
+            note(seen, await self.trips(fault, int(began.timestamp() * 1000)))
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            tasks = [task for task in (watching, texting) if task is not None]
+            for task in tasks:
+                task.cancel()
+            ended_by = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in ended_by:
+            if not isinstance(error, asyncio.CancelledError):
+                raise RuntimeError("the campaign itself broke") from error
         struck = Struck(fault, before, during, after, well_after_s=well_after)
         struck.slowed = ", ".join(sorted(slowed)) or None
         struck.trips = len(seen)
@@ -290,7 +302,9 @@ class Campaign:
             struck.trip_after_s = round(min(seen) / 1000 - began.timestamp(), 1)
         if fault != "all":
             found = [
-                await self.failover(at, ended) for at, state in sorted(seen.items()) if state == "closed"
+                await self.failover(fault, at, ended)
+                for at, state in sorted(seen.items())
+                if state == "closed"
             ]
             struck.failover_s = [s for s in found if s is not None]
         await self.count(struck, began, ended)
@@ -299,12 +313,23 @@ class Campaign:
         print(f"  {fault}: {took:.0f} s, {struck.trips} trips, {how}", file=sys.stderr)
         return struck
 
-    async def failover(self, trip_ms: int, until: datetime) -> float | None:
-        """From a trip to the next call of the other supplier for a link; None: there was none before `until`."""
+    async def text(self) -> None:
+        """Buyers with a number, until it is cancelled: each wins, pays, and is texted twice."""
+        url, every_s = f"{self.urls['front']}/v1/sales/{self.texted.id}", 1 / self.options.texted_per_s
+        for number in itertools.count():
+            contact = {"phone": f"+86138{number:08}", "language": "zh-CN"}
+            made = await asyncio.to_thread(post, f"{url}/pass", {"contact": contact}, buyer=f"t{number}")
+            given = {"Authorization": f"Pass {made['pass']}"}
+            await asyncio.to_thread(post, f"{url}/tickets", {"sku": SKU, "units": 1}, headers=given)
+            await asyncio.sleep(every_s)
+
+    async def failover(self, fault: str, trip_ms: int, until: datetime) -> float | None:
+        """From a trip to the other supplier's next call for a link, or its next text; None: none before `until`."""
+        table, other = ("sms", "sandbox-sms-2") if fault == "texts" else ("payment_attempt", "sandbox-2")
         found = await self.pool.fetchval(
-            "SELECT extract(epoch FROM min(sent_at))::float8 FROM payment_attempt WHERE provider = 'sandbox-2'"
+            f"SELECT extract(epoch FROM min(sent_at))::float8 FROM {table} WHERE provider = $3"  # noqa: S608
             " AND sent_at >= to_timestamp($1::float8) AND sent_at <= $2",
-            trip_ms / 1000, until,
+            trip_ms / 1000, until, other,
         )  # fmt: skip
         return None if found is None else round(found - trip_ms / 1000, 3)
 
@@ -329,6 +354,7 @@ class Campaign:
     async def rest(self) -> bool:
         """The sale is closed and nothing is under way any more."""
         self.office.close(self.sale.id)
+        self.office.close(self.texted.id)
         ends = time.monotonic() + REST_WITHIN_S
         while time.monotonic() < ends:
             open_ones = await self.pool.fetchval(
@@ -345,6 +371,13 @@ class Campaign:
         """How many attempts are in which state where, and why: `provider state code` -> count."""
         found = await self.pool.fetch(
             "SELECT concat_ws(' ', provider, state, code) AS what, count(*) FROM payment_attempt GROUP BY 1 ORDER BY 1"
+        )
+        return {row["what"]: row["count"] for row in found}
+
+    async def texts(self) -> dict[str, int]:
+        """How many texts went which way: `provider state` -> count."""
+        found = await self.pool.fetch(
+            "SELECT concat_ws(' ', provider, state) AS what, count(*) FROM sms GROUP BY 1 ORDER BY 1"
         )
         return {row["what"]: row["count"] for row in found}
 
@@ -381,11 +414,11 @@ class Campaign:
             before = struck.after
         attempts = await self.attempts()
         rested = await self.rest()
-        books = await self.books() | {"attempts": attempts}
-        audit = await asyncio.to_thread(self.office.audit, self.sale.id)
-        return self.judge(rested, books, audit)
+        books = await self.books() | {"attempts": attempts, "texts": await self.texts()}
+        audits = [await asyncio.to_thread(self.office.audit, sale.id) for sale in (self.sale, self.texted)]
+        return self.judge(rested, books, audits)
 
-    def judge(self, rested: bool, books: dict[str, Any], audit: dict[str, Any]) -> Report:
+    def judge(self, rested: bool, books: dict[str, Any], audits: Sequence[dict[str, Any]]) -> Report:
         o = self.options
 
         def steady(struck: Struck) -> bool:
@@ -400,9 +433,9 @@ class Campaign:
             "no_order_lost": rested and books["ended_unpaid"] == 0 and books["paid"] == books["orders"],
             "other_supplier_in_time": all(s <= o.failover_max_s for struck in self.faults for s in struck.failover_s),
             "well_again_by_itself": all(struck.well_after_s is not None for struck in self.faults),
-            "audit_ok": bool(audit["ok"]),
+            "audit_ok": all(audit["ok"] for audit in audits),
         }  # fmt: skip
-        broken = [check for check in audit["checks"] if not check["ok"]]
+        broken = [check for audit in audits for check in audit["checks"] if not check["ok"]]
         return Report(self.faults, promises, books | {"audit_broken": broken}, os.getloadavg())
 
 
@@ -414,6 +447,7 @@ async def campaign(options: argparse.Namespace, folder: Path) -> AsyncIterator[C
         told = {
             "FAIRDROP_SANDBOX_SECRET": secret,
             "FAIRDROP_PAYMENT_ALSO": "sandbox-2",
+            "FAIRDROP_SMS_ALSO": "sandbox-sms-2",
             "FAIRDROP_SANDBOX_2_URL": second,
             "FAIRDROP_PROVIDER_DEADLINE_S": str(options.deadline_s),
             "FAIRDROP_LINK_WAIT_MAX_S": str(max(2, int(options.fault_s / 3))),
@@ -421,13 +455,15 @@ async def campaign(options: argparse.Namespace, folder: Path) -> AsyncIterator[C
         with environment(told), servers(folder) as path:
             urls = read_urls(path)
             office = Office(urls["office"], urls["operator_key"])
+            pay_within_s = max(20, int(options.fault_s / 2))
+            texted = office.hold_sale(units=100_000, opens_in_s=1.0, pay_within_s=pay_within_s)
             sale = office.hold_sale(
-                units=100_000, opens_in_s=1.0, pay_within_s=max(20, int(options.fault_s / 2)),
-                rate_per_s=options.orders_per_s, line_max=1_000_000,
+                units=100_000, opens_in_s=1.0, pay_within_s=pay_within_s, rate_per_s=options.orders_per_s,
+                line_max=1_000_000,
             )  # fmt: skip
             await asyncio.sleep(max(0.0, sale.opens_s - time.time()) + 0.2)
             async with asyncpg.create_pool(urls["database"], min_size=1, max_size=2) as pool:
-                yield Campaign(options, urls, second, office, sale, pool, iter(range(10_000_000)))
+                yield Campaign(options, urls, second, office, sale, texted, pool, iter(range(10_000_000)))
 
 
 def table(report: Report) -> str:
@@ -464,6 +500,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--joins-per-s", type=float, default=100.0, help="buyers who join, open loop")
     parser.add_argument("--orders-per-s", type=float, default=15.0, help="admission rate of the sale")
+    parser.add_argument(
+        "--texted-per-s", type=float, default=3.0, help="buyers who win and are texted twice, in `texts`"
+    )
     parser.add_argument("--deadline-s", type=float, default=3.0, help="seconds of one call to a supplier")
     parser.add_argument("--p99-times", type=float, default=1.2, help="p99 of joins during a fault, at most")
     parser.add_argument("--p99-plus-ms", type=float, default=2.0, help="and so many ms more")

@@ -14,7 +14,7 @@ from loadtest.run import CannotStart
 async def test_a_suppliers_bad_minute_is_not_the_sales() -> None:
     """Times are judged loosely: this machine may be busy. The campaign holds p99 to 20 %, fail-over to 1 s."""
     options = parse(
-        ["--faults", "hang", "flap", "lost", "all", "--fault-s", "8", "--calm-s", "4", "--joins-per-s", "40",
+        ["--faults", "hang", "flap", "lost", "all", "texts", "--fault-s", "8", "--calm-s", "4", "--joins-per-s", "40",
          "--orders-per-s", "6", "--p99-times", "3", "--p99-plus-ms", "200", "--failover-max-s", "3"]
     )  # fmt: skip
     try:
@@ -24,6 +24,8 @@ async def test_a_suppliers_bad_minute_is_not_the_sales() -> None:
     assert report.kept, table(report)
     by_fault = {struck.fault: struck for struck in report.faults}
     assert by_fault["hang"].trips and by_fault["lost"].trips, "nothing was tried"
+    assert by_fault["texts"].failover_s, "no text was sent another way"
+    assert report.numbers["texts"]["sandbox-sms-2 sent"] > 0
     assert all(struck.orders for struck in report.faults), table(report)
 
 
@@ -41,7 +43,7 @@ def judged(struck: Struck, **changed: int) -> Report:
     } | changed  # fmt: skip
     stage = Campaign.__new__(Campaign)
     stage.options, stage.faults = parse([]), [struck]
-    return stage.judge(True, books, {"ok": True, "checks": []})
+    return stage.judge(True, books, [{"ok": True, "checks": []}])
 
 
 FINE = Struck(
