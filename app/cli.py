@@ -220,7 +220,7 @@ def rotate_keys(
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Orders in one transaction.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
-    """Seal contacts, webhook secrets and kept answers with the first of FAIRDROP_PII_KEYS; index phone numbers by it.
+    """Seal contacts, payers, webhook secrets, kept answers with the first of FAIRDROP_PII_KEYS; index numbers by it.
 
     Put the new key in front of the old one, restart every process, run this; it may be stopped and run again. Keep the
     old key until the sales then open have settled: contacts of waiting buyers are in Redis. Exit status 1: something
@@ -246,12 +246,14 @@ def rotate_keys(
     done = asyncio.run(run())
     newest = keys[0].id.hex()
     if as_json:
-        found = {name: getattr(done, name) for name in ("contacts", "secrets", "answers", "cannot_open")}
+        found = {
+            name: getattr(done, name) for name in ("contacts", "payers", "secrets", "answers", "cannot_open")
+        }
         print(json.dumps({"key": newest, **found}))
     else:
         print(
-            f"key {newest}: sealed {done.contacts} contacts, {done.secrets} secrets, {done.answers} kept answers;"
-            f" not opened {done.cannot_open}"
+            f"key {newest}: sealed {done.contacts} contacts, {done.payers} payers, {done.secrets} secrets,"
+            f" {done.answers} kept answers; not opened {done.cannot_open}"
         )
     raise typer.Exit(1 if done.cannot_open else 0)
 

@@ -18,9 +18,11 @@ from app.ledger import contacts as rows
 from app.sealing import (
     CannotOpen,
     SealingKey,
+    address_aad,
     answer_aad,
     contact_aad,
     key_id_of,
+    payer_aad,
     phone_index,
     seal,
     unseal,
@@ -41,6 +43,7 @@ class Resealed(msgspec.Struct):
 
     contacts: int = 0  # sealed again, or indexed for the first time
     secrets: int = 0
+    payers: int = 0  # attempts: who pays, and from where
     answers: int = 0  # kept for their Idempotency-Key, with a secret in them
     cannot_open: int = 0  # sealed with a key that is not given, or changed: left as they are
 
@@ -86,13 +89,14 @@ async def reseal(
     batch: int,
     progress: Callable[[Resealed], None] = lambda done: None,
 ) -> Resealed:
-    """Seal contacts, webhook secrets and kept answers with the first key, batch by batch, each its own transaction.
+    """Seal contacts, payers, webhook secrets and kept answers with the first key; each batch is its own transaction.
 
     It may be killed anywhere and run again: what is sealed with the first key is passed over. It may run while the
     sale does: a row is locked for the moment in which it is sealed again.
     """
     done = Resealed()
     await _reseal_secrets(engine, keys, done)
+    await _reseal_payers(engine, keys, done, batch)
     await _reseal_answers(engine, keys, done, batch)
     after, newest = "", keys[0].id
     while True:
@@ -136,6 +140,41 @@ async def _reseal_secrets(engine: AsyncEngine, keys: Sequence[SealingKey], done:
                 assert fresh[0] is not None
                 await rows.put_secrets(conn, row["id"], fresh[0], fresh[1])
                 done.secrets += sum(new != old for new, old in zip(fresh, given, strict=True))
+
+
+async def _reseal_payers(engine: AsyncEngine, keys: Sequence[SealingKey], done: Resealed, batch: int) -> None:
+    """Who pays, and the addresses of links that are still to be made. What release N−1 kept plain is sealed."""
+    after = ""
+    while True:
+        async with engine.begin() as conn:
+            found = await rows.payers(conn, after, batch)
+            for row in found:
+                before = row["payer"]
+                payer, known = dict(before), (row["sale"], row["buyer_id"])
+                if (openid := payer.pop("openid", None)) is not None:
+                    plain = msgspec.json.encode({"openid": openid})
+                    payer["sealed"] = b64encode(seal(keys, plain, payer_aad(*known))).decode()
+                for name, aad in (("sealed", payer_aad(*known)), ("address", address_aad(*known))):
+                    if name in payer:
+                        payer[name] = _again(keys, payer[name], aad, done)
+                if payer != before:
+                    await rows.put_payer(conn, row["id"], payer)
+                    done.payers += 1
+        if len(found) < batch:
+            return
+        after = found[-1]["id"]
+
+
+def _again(keys: Sequence[SealingKey], coded: str, aad: bytes, done: Resealed) -> str:
+    """Base64 of a seal with the newest key; as it was if it is one, or if nobody can open it."""
+    try:
+        sealed = b64decode(coded, validate=True)
+        if key_id_of(sealed) == keys[0].id:
+            return coded
+        return b64encode(seal(keys, unseal(keys, sealed, aad), aad)).decode()
+    except (CannotOpen, ValueError):
+        done.cannot_open += 1
+        return coded
 
 
 async def _reseal_answers(

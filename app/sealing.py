@@ -1,5 +1,5 @@
-"""Contacts (phone, language) are sealed from the first byte stored: AES-256-GCM, bound to sale and buyer. So are the
-secrets of webhooks, bound to their endpoint.
+"""Contacts (phone, language) are sealed from the first byte stored: AES-256-GCM, bound to sale and buyer. So are who
+pays (an id at the channel) and from where, and the secrets of webhooks, bound to their endpoint.
 
 Form: b"1", key id (4 bytes), nonce (12), ciphertext and tag. The first key seals, all open; the key id is the beginning
 of the key's SHA-256, so a store can be told which key it still needs before one is retired.
@@ -68,6 +68,11 @@ def contact_aad(sale: str, buyer_id: bytes | str) -> bytes:
 def address_aad(sale: str, buyer_id: bytes | str) -> bytes:
     """What a payer's network address is bound to."""
     return b"address\0" + contact_aad(sale, buyer_id)
+
+
+def payer_aad(sale: str, buyer_id: bytes | str) -> bytes:
+    """What the payer's id at a channel is bound to."""
+    return b"payer\0" + contact_aad(sale, buyer_id)
 
 
 def webhook_aad(endpoint_id: str) -> bytes:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from sqlalchemy import text
 from app import contacts, sealing
 from app.sealing import (
     SealingKey,
+    address_aad,
     contact_aad,
     key_id_of,
+    payer_aad,
     phone_index,
     seal,
     sealing_keys,
@@ -124,6 +127,49 @@ async def test_keys_are_rotated_in_batches_that_may_be_killed_anywhere(shop: Sho
     assert [unseal(newest, bytes(one), aad) for one in (secret, before)] == [b"now", b"before"]
 
 
+async def test_who_pays_and_from_where_is_sealed_again_also_what_release_n_1_kept_plain(shop: Shop) -> None:
+    """Bug: an address that waited for its link was sealed with a key that could then not be retired; WeChat's openid
+    lay plain in payment_attempt."""
+    await winners(shop, "ann", "bob", "cat")
+    old = sealing_keys(OLD)
+
+    def payer(buyer: str) -> dict[str, str]:
+        plain = {"sealed": (b'{"openid":"o1"}', payer_aad), "address": (b"203.0.113.7", address_aad)}
+        return {
+            name: b64encode(seal(old, text, aad(SALE, buyer))).decode() for name, (text, aad) in plain.items()
+        }
+
+    for buyer, told in (("ann", payer("ann")), ("bob", {"openid": "o2"}), ("cat", payer("ann"))):
+        await sql(
+            shop,
+            "INSERT INTO payment_attempt (id, order_no, attempt_no, provider, channel, state, payer, amount_minor,"
+            " currency) SELECT order_no || '-9', order_no, 9, 'wechat-pay', 'wechat-h5', 'failed',"
+            " CAST(:payer AS jsonb), 1, 'CNY' FROM purchase_order WHERE buyer_id = :buyer",
+            buyer=buyer,
+            payer=json.dumps(told),
+        )
+    done = await contacts.reseal(shop.engine, sealing_keys(f"{NEW},{OLD}"), batch=2)
+    assert (done.payers, done.cannot_open) == (2, 2)  # what was bound to somebody else stays as it was
+    newest = sealing_keys(NEW)
+    rows = await sql(
+        shop,
+        "SELECT o.buyer_id, a.payer FROM payment_attempt a JOIN purchase_order o USING (order_no) WHERE attempt_no = 9",
+    )
+    found = {row.buyer_id: row.payer for row in rows}
+    assert set(found["bob"]) == {"sealed"}
+    for buyer, openid in (("ann", "o1"), ("bob", "o2")):
+        sealed = b64decode(found[buyer]["sealed"])
+        assert json.loads(unseal(newest, sealed, payer_aad(SALE, buyer))) == {"openid": openid}
+    assert unseal(newest, b64decode(found["ann"]["address"]), address_aad(SALE, "ann")) == b"203.0.113.7"
+    assert key_id_of(b64decode(found["cat"]["address"])) == old[0].id
+    assert (await contacts.reseal(shop.engine, sealing_keys(f"{NEW},{OLD}"), batch=2)).payers == 0
+
+    # It goes with the contact, when the sale has been settled for long enough.
+    await sql(shop, "UPDATE sale SET state = 'settled', settled_at = now() - interval '30 days'")
+    assert await contacts.remove_old(shop.engine, 30)
+    assert (await sql(shop, "SELECT count(*) FROM payment_attempt WHERE payer IS NOT NULL"))[0][0] == 0
+
+
 async def test_what_no_key_opens_is_counted_and_left_as_it_is(shop: Shop) -> None:
     await winners(shop, "ann", "bob")
     foreign = contact_of(sealing_keys(OTHER), "ann")
@@ -149,6 +195,7 @@ async def test_the_command_rotates_and_says_what_it_did(shop: Shop, tmp_path: Pa
     assert json.loads(ran.stdout) == {
         "key": newest.id.hex(),
         "contacts": 1,
+        "payers": 0,
         "secrets": 0,
         "answers": 0,
         "cannot_open": 0,

@@ -28,7 +28,7 @@ from app.problems import JsonRoute, refusals, refuse, request_id_of
 from app.purchase.accept import Answer, Door, JoinIn, settled
 from app.purchase.track import Seen, Streams, Told, Watch, stale
 from app.sale.snapshot import ItemView, SaleView
-from app.sealing import SealingKey, address_aad, seal
+from app.sealing import SealingKey, address_aad, payer_aad, seal
 from app.tokens import Ticket
 
 router = APIRouter(route_class=JsonRoute, tags=["tickets"])
@@ -208,9 +208,10 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
         raise refuse("payment_in_progress")
     if payment.state == "ready" and payment.channel == wish.channel and not _over(payment.expires_at, door):
         return respond(request, Answer.of(202, _HEADERS, told.body))
+    arg = _arg(wish, _sealed_payer(request, wish, view, caller), _sealed_address(request, view, caller))
     asked = await door.scripts.ask_put(
         sale=view.id, epoch=view.epoch, sku=item.sku, seq=mine.seq, buyer_id=caller.buyer_id, kind="pay",
-        arg=_arg(wish, _sealed_address(request, view, caller)), channel=wish.channel, repeat_ms=ASK_REPEAT_MS,
+        arg=arg, channel=wish.channel, repeat_ms=ASK_REPEAT_MS,
     )  # fmt: skip
     match asked:
         case Old() | Gone():
@@ -226,15 +227,25 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
     return respond(request, Answer.of(202, _HEADERS, told.body))
 
 
-def _arg(wish: PayIn, address: str | None) -> str:
+def _arg(wish: PayIn, payer: dict[str, str] | None, address: str | None) -> str:
     """What the worker gets: base64url of {channel, return_url, payer, address}."""
     told = {
         "channel": wish.channel,
         "return_url": wish.return_url,
-        "payer": wish.payer.model_dump() if wish.payer is not None else None,
+        "payer": payer,
         "address": address,
     }
     return base64.urlsafe_b64encode(msgspec.json.encode(told)).decode().rstrip("=")
+
+
+def _sealed_payer(request: Request, wish: PayIn, view: SaleView, caller: Caller) -> dict[str, str] | None:
+    """Who pays, for the channels that must be told (WeChat Pay's JSAPI): `sealed` is base64 of their sealed JSON."""
+    told = {} if wish.payer is None else wish.payer.model_dump(exclude_none=True)
+    if not told:
+        return None
+    seal_keys: Sequence[SealingKey] = request.app.state.seal_keys
+    sealed = seal(seal_keys, msgspec.json.encode(told), payer_aad(view.id, caller.buyer_id))
+    return {"sealed": base64.b64encode(sealed).decode()}
 
 
 def _sealed_address(request: Request, view: SaleView, caller: Caller) -> str | None:

@@ -1,11 +1,12 @@
 # ruff: noqa: S608 - what is put into the SQL text are constants of this module; every value is a parameter
-"""Sealed contacts in Postgres: which are sealed with an old key, and which have been kept long enough."""
+"""What is sealed in Postgres: which with an old key, and which contacts and payers have been kept long enough."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -38,6 +39,26 @@ async def put(conn: AsyncConnection, rows: Sequence[tuple[str, bytes, bytes | No
             " AS new (order_no, contact, phone_index) WHERE o.order_no = new.order_no"
         ),
         {"numbers": numbers, "sealed": sealed, "indexes": indexes},
+    )
+
+
+async def payers(conn: AsyncConnection, after: str, limit: int) -> list[Row]:
+    """Locked: attempts behind `after` that say who pays or from where. payer: {sealed?, address?, openid? (plain)}."""
+    found = await conn.execute(
+        text(
+            "SELECT a.id, o.sale, o.buyer_id, a.payer FROM payment_attempt AS a JOIN purchase_order AS o"
+            " ON o.order_no = a.order_no WHERE a.payer IS NOT NULL AND a.payer <> '{}' AND a.id > :after"
+            " ORDER BY a.id LIMIT :limit FOR UPDATE OF a"
+        ),
+        {"after": after, "limit": limit},
+    )
+    return [dict(row) for row in found.mappings()]
+
+
+async def put_payer(conn: AsyncConnection, attempt_id: str, payer: Row) -> None:
+    await conn.execute(
+        text("UPDATE payment_attempt SET payer = CAST(:payer AS jsonb) WHERE id = :id"),
+        {"id": attempt_id, "payer": msgspec.json.encode(payer).decode()},
     )
 
 
@@ -79,7 +100,8 @@ async def put_answer(conn: AsyncConnection, actor: str, key: str, sealed: str) -
 
 
 async def remove_old(conn: AsyncConnection, keep_days: int, limit: int) -> tuple[str, int] | None:
-    """Remove up to `limit` contacts of one sale that settled `keep_days` ago. (sale, how many); None: there is none.
+    """Remove what up to `limit` orders of one sale that settled `keep_days` ago hold of people: contacts, who paid.
+    (sale, how many orders); None: there is none.
 
     Fewer than `limit`: it was the sale's last, and the sale is not looked at again.
     """
@@ -97,8 +119,13 @@ async def remove_old(conn: AsyncConnection, keep_days: int, limit: int) -> tuple
         return None
     found = await conn.execute(
         text(
-            "UPDATE purchase_order SET contact = NULL, phone_index = NULL WHERE order_no IN (SELECT order_no FROM"
-            " purchase_order WHERE sale = :sale AND (contact IS NOT NULL OR phone_index IS NOT NULL) LIMIT :limit)"
+            "WITH gone AS (SELECT order_no FROM purchase_order AS o WHERE sale = :sale AND (contact IS NOT NULL"
+            " OR phone_index IS NOT NULL OR EXISTS (SELECT FROM payment_attempt AS a WHERE a.order_no = o.order_no"
+            " AND a.payer IS NOT NULL)) LIMIT :limit),"
+            " payers AS (UPDATE payment_attempt AS a SET payer = NULL FROM gone"
+            " WHERE a.order_no = gone.order_no AND a.payer IS NOT NULL)"
+            " UPDATE purchase_order AS o SET contact = NULL, phone_index = NULL FROM gone"
+            " WHERE o.order_no = gone.order_no"
         ),
         {"sale": sale, "limit": limit},
     )

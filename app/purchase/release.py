@@ -77,7 +77,7 @@ class PayAsk(msgspec.Struct, frozen=True):
 
     channel: str
     return_url: str | None = None
-    payer: dict[str, Any] | None = None
+    payer: dict[str, Any] | None = None  # {sealed}: base64, see the front door's pay
     address: str | None = None  # the buyer's network address, sealed, in base64
 
 

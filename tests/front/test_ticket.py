@@ -15,7 +15,7 @@ import pytest
 from app.answers import Fenced, Rebuilt
 from app.draw import rank_of, round_keys
 from app.keys import SaleKeys
-from app.sealing import CannotOpen, address_aad, sealing_keys, unseal
+from app.sealing import CannotOpen, address_aad, payer_aad, sealing_keys, unseal
 from tests.front.conftest import PII_KEY, Front, Open, Shop, until
 from tests.front.wire import crowd, get_bytes, join_bytes
 
@@ -237,9 +237,9 @@ async def test_asking_for_a_payment(front: Front, shop: Shop, seen: Seen) -> Non
     arg = asks[0].split(b"|")[5].decode()
     told = msgspec.json.decode(base64.urlsafe_b64decode(arg + "=" * (-len(arg) % 4)))
     sealed = base64.b64decode(told.pop("address"), validate=True)
-    assert told == {
-        "channel": "sandbox", "return_url": "https://shop.example/done/1?x=2", "payer": {"openid": "o1"}
-    }  # fmt: skip
+    payer = base64.b64decode(told.pop("payer")["sealed"], validate=True)
+    assert told == {"channel": "sandbox", "return_url": "https://shop.example/done/1?x=2"}
+    assert unseal(sealing_keys(PII_KEY), payer, payer_aad("x", b"ann")) == b'{"openid":"o1"}'
     # Where the buyer pays from, for suppliers that must be told: sealed for this sale and buyer, and short.
     seal_keys = sealing_keys(PII_KEY)
     assert unseal(seal_keys, sealed, address_aad("x", b"ann")) == b"127.0.0.1"

@@ -10,12 +10,18 @@ from typing import Any, cast
 import pytest
 
 from app.purchase import pay
-from app.sealing import address_aad, seal, sealing_keys
+from app.sealing import address_aad, payer_aad, seal, sealing_keys
 from tests.providers.server import Shop, until
 from tests.purchase.money import PII_KEY, SALE, Money, money
 from tests.purchase.test_real_suppliers import Case, wechat
 
 ADDRESS = "203.0.113.77"
+OPENID = "oUpF8uMuAJO"
+PAYER = {
+    "sealed": base64.b64encode(
+        seal(sealing_keys(PII_KEY), f'{{"openid":"{OPENID}"}}'.encode(), payer_aad(SALE, "ann"))
+    ).decode()
+}
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ async def stage(redis_url: str, database_url: str) -> AsyncIterator[tuple[Case, 
 async def _ask(till: Money, number: str, channel: str, address: str) -> bool:
     async with till.engine.begin() as conn:
         return await pay.start_attempt(
-            conn, number, channel=channel, return_url=None, payer={"openid": "o1"}, providers=till.providers,
+            conn, number, channel=channel, return_url=None, payer=PAYER, providers=till.providers,
             address=address,
         )  # fmt: skip
 
@@ -49,19 +55,39 @@ async def test_h5_is_told_the_buyers_address_and_then_it_is_forgotten(stage: tup
     number = await till.reserve("ann", attempt=False)
     assert await _ask(till, number, "wechat-h5", _sealed("ann"))
     assert ADDRESS not in str(await till.sql("SELECT * FROM payment_attempt"))
-    assert set(await _payer(till, number)) == {"openid", "address"}
+    assert set(await _payer(till, number)) == {"sealed", "address"}
     async with till.loops():
         await till.link_of(number)
     (wanted,) = [one for one in case.api.wanted if "scene_info" in one]
     assert wanted["scene_info"]["payer_client_ip"] == ADDRESS
-    assert await _payer(till, number) == {"openid": "o1"}
+    assert await _payer(till, number) == PAYER
+
+
+@pytest.mark.parametrize(
+    "payer", [PAYER, {"openid": OPENID}], ids=["sealed", "plain, as release N-1 wrote it"]
+)
+async def test_jsapi_is_told_who_pays(stage: tuple[Case, Money], payer: dict[str, str]) -> None:
+    case, till = stage
+    number = await till.reserve("ann", attempt=False)
+    async with till.engine.begin() as conn:
+        assert await pay.start_attempt(
+            conn, number, channel="wechat-jsapi", return_url=None, payer=payer, providers=till.providers
+        )
+    async with till.loops():
+        await until(lambda: _sent(till, number))
+    assert [one["payer"] for one in case.api.wanted] == [{"openid": OPENID}]
+    assert await _payer(till, number) == payer  # another link may be wanted
+
+
+async def _sent(till: Money, number: str) -> bool:
+    return (await till.attempts(number))[0][0] == "sent"
 
 
 async def test_a_channel_that_needs_no_address_keeps_none(stage: tuple[Case, Money]) -> None:
     _, till = stage
     number = await till.reserve("ann", attempt=False)
     assert await _ask(till, number, "wechat-native", _sealed("ann"))
-    assert await _payer(till, number) == {"openid": "o1"}
+    assert await _payer(till, number) == PAYER
     assert not till.providers.wants_address("wechat-native") and till.providers.wants_address("wechat-h5")
 
 
@@ -77,7 +103,7 @@ async def test_an_address_of_somebody_else_or_none_at_all_is_refused_and_forgott
     async with till.loops():
         await until(lambda: _failed(till, number))
     assert await till.attempts(number) == [("failed", "payer_ip_missing")]
-    assert await _payer(till, number) == {"openid": "o1"}
+    assert await _payer(till, number) == PAYER
 
 
 async def _failed(till: Money, number: str) -> bool:

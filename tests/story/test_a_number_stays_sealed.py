@@ -1,4 +1,5 @@
 """A buyer's phone number goes through a whole purchase, reaches the SMS supplier, and is nowhere else to be read.
+Nor is their id at the payment channel, which they give when they ask for a link.
 
 It is looked for in everything that is kept or shown: every value in Redis, every row of Postgres, every file of the
 data directory (append-only file, write-ahead log, logs), metrics, the shop's feed, refusals. It would be found as text,
@@ -97,6 +98,14 @@ async def rows_of_postgres(url: str) -> dict[str, list[bytes]]:
         await connection.close()
 
 
+async def asyncpg_rows(url: str, query: str) -> list[Any]:
+    connection = await asyncpg.connect(url)
+    try:
+        return list(await connection.fetch(query))
+    finally:
+        await connection.close()
+
+
 def files_of(folder: Path) -> dict[str, list[bytes]]:
     found = {}
     for path in folder.rglob("*"):
@@ -113,7 +122,8 @@ async def test_a_phone_number_goes_through_a_purchase_and_is_nowhere_to_be_read(
     town: Town, data_dir: Path
 ) -> None:
     phone = f"+86139{secrets.randbelow(10**8):08d}"
-    wanted = needles(phone)
+    openid = f"oPaid{secrets.randbelow(10**9):09d}"
+    wanted = needles(phone) + needles(openid)
     urls = json.loads((data_dir / "urls.json").read_text())
     looked_at: set[str] = set()
 
@@ -127,7 +137,7 @@ async def test_a_phone_number_goes_through_a_purchase_and_is_nowhere_to_be_read(
         nowhere("postgres", await rows_of_postgres(urls["database"]))
         nowhere("file", files_of(data_dir))
 
-    sale = await town.operator.publishes_a_sale(units=1, opens_in_s=60.0)
+    sale = await town.operator.publishes_a_sale(units=1, opens_in_s=60.0, channels=["sandbox", "sandbox-qr"])
     lin = town.buyer("lin", sale)
     await lin.gets_a_pass(phone=phone)
     await lin.taps()
@@ -148,6 +158,18 @@ async def test_a_phone_number_goes_through_a_purchase_and_is_nowhere_to_be_read(
     await nowhere_kept()  # the contact is in Postgres
     limits = [name for name in looked_at if name.startswith("redis:{sms:")]
     assert limits  # texts to the number are counted
+
+    # Who pays is told when another link is asked for: sealed in Redis, in Postgres, and opened for the call only.
+    wish = {"channel": "sandbox-qr", "payer": {"openid": openid}}
+    asked = await lin.http.post(f"/v1/tickets/{lin.ticket}/payment", json=wish)
+    assert asked.status_code == 202, asked.text
+    await nowhere_kept()
+    await until(lin.looks, lambda seen: seen["payment"]["channel"] == "sandbox-qr")
+    (stored,) = await asyncpg_rows(
+        urls["database"], "SELECT payer FROM payment_attempt WHERE payer IS NOT NULL"
+    )
+    assert set(json.loads(stored["payer"])) == {"sealed"}
+    await nowhere_kept()
 
     # No channel takes the next text: it is on the ticket, in Postgres and in Redis, without the number.
     async with httpx.AsyncClient(timeout=15, trust_env=False) as anyone:
