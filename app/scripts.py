@@ -9,10 +9,12 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
+from app import alike
 from app.answers import (
     Added,
     Advised,
@@ -225,7 +227,7 @@ TICKET_MARK: Script[Gone | Old | Marked | Stale | AlreadyReleased | Not] = Scrip
 CLAIMS_MARK: Script[Gone | Old | MarkedEach] = Script(
     "claims_mark",
     keys="sale outcome status orders",
-    args="epoch home now_ms sku group before behind newest numbers r n tickets...",
+    args="epoch home now_ms sku group like form numbers r runs...",
     answers=(Gone, Old),
     words={"MARKED": MarkedEach},
 )
@@ -543,24 +545,23 @@ class Scripts:
         before: bytes,
         behind: bytes,
         tickets: Sequence[tuple[int, str, bytes]],
-        newest: int,
         now_ms: int = 0,
     ) -> Gone | Old | MarkedEach:
         """Tell up to 1000 claimed tickets that their orders are written, and take their entries off the stream.
 
-        tickets: (seq, order_no, entry id), seqs rising, order numbers of 24 characters; newest: which of them has the
-        newest entry, from 0. A ticket is told before + order_no + behind.
+        tickets: (seq, order_no, entry id), best as they are in the stream, order numbers of 24 characters. A ticket is
+        told before + order_no + behind: Redis keeps these two once (app/alike.py).
         """
         k = sale_keys(sale)
         seqs, numbers, ids = zip(*tickets, strict=True)
-        ends = [at for at in range(1, len(seqs)) if seqs[at] != seqs[at - 1] + 1]
-        runs = [end - begin for begin, end in zip((0, *ends), (*ends, len(seqs)), strict=True)]
+        runs = _runs(seqs)
+        form = alike.form_of(before, behind)
         return await self._run(
             CLAIMS_MARK,
             (k.sale, k.outcome(sku), k.status, k.orders),
             (
-                *(epoch, self._home(sale), now_ms, sku, GROUP, before, behind, newest + 1, "".join(numbers)),
-                *(len(runs), len(seqs), *runs, *seqs, *ids),
+                *(epoch, self._home(sale), now_ms, sku, GROUP, alike.name_of(form), form, "".join(numbers)),
+                *(len(runs) // 2, *runs, *_runs_of_ids(ids)),
             ),
         )
 
@@ -783,6 +784,30 @@ class Scripts:
     def _serve_keys(sale: str, sku: str) -> tuple[str, ...]:
         k = sale_keys(sale)
         return (k.sale, k.item(sku), k.stock, k.outcome(sku), k.line(sku), k.orders)
+
+
+def _runs(numbers: Sequence[int]) -> list[int]:
+    """[first, length, first, length, …] of numbers that follow each other."""
+    starts = [
+        0,
+        *(at for at, (one, next_) in enumerate(pairwise(numbers), 1) if next_ != one + 1),
+        len(numbers),
+    ]
+    return [value for begin, end in pairwise(starts) for value in (numbers[begin], end - begin)]
+
+
+def _runs_of_ids(ids: Sequence[bytes]) -> list[Arg]:
+    """[ms, first, length, …] of stream ids `ms-nth`: those of a batch follow each other within a ms."""
+    runs: list[Arg] = []
+    ms, nth, length = b"", 0, 0
+    for entry_id in ids:
+        at, _, of = entry_id.partition(b"-")
+        if at != ms or int(of) != nth + length:
+            if length:
+                runs += (ms, nth, length)
+            ms, nth, length = at, int(of), 0
+        length += 1
+    return [*runs, ms, nth, length]
 
 
 assert FORMAT == 1, "the scripts write format 1"

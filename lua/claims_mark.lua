@@ -11,13 +11,11 @@
 -- ARGV[3] now_ms     integer, 0 = server TIME
 -- ARGV[4] sku
 -- ARGV[5] group      consumer group of orders
--- ARGV[6] before     what the buyer is told (json) up to the order number
--- ARGV[7] behind     and behind it
--- ARGV[8] newest     which of these tickets has the newest entry, 1..n
--- ARGV[9] numbers    the order numbers, n x 24 characters
--- ARGV[10] r         runs of tickets that follow each other
--- ARGV[11] n         tickets, 1..1000
--- ARGV[12...] tickets r lengths of runs; n seqs, rising; n ids of their entries
+-- ARGV[6] like       name of the form
+-- ARGV[7] form       what the buyer is told (json), a zero byte where the order number goes
+-- ARGV[8] numbers    the order numbers, n x 24 characters; n is 1..1000 tickets
+-- ARGV[9] r          runs of tickets that follow each other
+-- ARGV[10...] runs   first seq, length, r times; then of their entries: ms, first nth, length, for each run of `ms-nth`
 --
 -- Returns {'GONE'} | {'OLD'} | {'MARKED', done}: for each ticket 1 its entry is done, 0 not the plain case: ask ticket_mark
 -- Law: claimed -> reserved with version 1, where nothing was told before; whatever was told has a version at least as new.
@@ -26,19 +24,30 @@
 -- Cost: O(n), a handful of calls for n tickets that follow each other. XTRIM frees whole nodes; XDEL costs an entry 1.5 us.
 --@ part sale
 local OUTCOME, STATUS, ORDERS = KEYS[2], KEYS[3], KEYS[4]
-local sku, r, n = ARGV[4], tonumber(ARGV[10]), tonumber(ARGV[11])
-local before, behind, numbers = '1|r|' .. ARGV[6], ARGV[7], ARGV[9]
-local RUNS, SEQS, IDS = 11, 11 + r, 11 + r + n  -- ARGV[IDS + i] is the entry of ticket i
-local prefix = sku .. ':'
-local fields = {}
-for i = 1, n do
-  fields[i] = prefix .. ARGV[SEQS + i]
+local numbers, r = ARGV[8], tonumber(ARGV[9])
+local before, behind = '1|r|{"like":"' .. ARGV[6] .. '","order_no":"', '"}'
+local prefix = ARGV[4] .. ':'
+local fields, entries = {}, {}
+local n, m = 0, 0
+for at = 10, 8 + 2 * r, 2 do
+  local first = tonumber(ARGV[at])
+  for seq = first, first + tonumber(ARGV[at + 1]) - 1 do
+    n = n + 1
+    fields[n] = prefix .. seq
+  end
+end
+for at = 10 + 2 * r, #ARGV, 3 do
+  local ms, first = ARGV[at] .. '-', tonumber(ARGV[at + 1])
+  for nth = first, first + tonumber(ARGV[at + 2]) - 1 do
+    m = m + 1
+    entries[m] = ms .. nth
+  end
 end
 local told = redis.call('HMGET', STATUS, unpack(fields))
 local done, ids, tell, changes = {}, {}, {}, {}
 local d, t, i = 0, 0, 0
-for run = 1, r do
-  local first, length = tonumber(ARGV[SEQS + i + 1]) - 1, tonumber(ARGV[RUNS + run])
+for at = 10, 8 + 2 * r, 2 do
+  local first, length = tonumber(ARGV[at]) - 1, tonumber(ARGV[at + 1])
   local bytes = redis.call('GETRANGE', OUTCOME, first, first + length - 1)
   local left = {}  -- claimed, and told already: these bytes stay
   for k = 1, length do
@@ -52,7 +61,7 @@ for run = 1, r do
     end
     if claimed or told[i] then
       d = d + 1
-      done[i], ids[d] = '1', ARGV[IDS + i]
+      done[i], ids[d] = '1', entries[i]
     else
       done[i] = '0'
     end
@@ -69,6 +78,7 @@ for _, change in ipairs(changes) do
   redis.call('SETRANGE', OUTCOME, change[1], change[2])
 end
 if t > 0 then
+  redis.call('HSETNX', STATUS, '=' .. ARGV[6], ARGV[7])
   redis.call('HSET', STATUS, unpack(tell))
 end
 if d > 0 then
@@ -77,7 +87,7 @@ if d > 0 then
     local ms, nth = string.match(id, '^(%d+)-(%d+)$')
     return tonumber(ms), tonumber(nth)
   end
-  local ms, nth = of(ARGV[IDS + tonumber(ARGV[8])])
+  local ms, nth = of(ids[d])
   local beyond = string.format('%.0f-%.0f', ms, nth + 1)
   local oldest_ms, oldest_nth = of(redis.call('XPENDING', ORDERS, ARGV[5])[2] or beyond)
   if oldest_ms > ms or oldest_ms == ms and oldest_nth > nth then

@@ -14,6 +14,8 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.ledger.engine import driver
+
 Row = dict[str, Any]
 
 NUMBERING_LOCK = 0x4556454E  # "EVEN": one numbering step at a time
@@ -54,9 +56,9 @@ async def put_reserved(conn: AsyncConnection, sale: str, order_nos: Sequence[str
 
     An `event` row an order cost confirm a third of its time in Postgres, and another as much when it was numbered.
     """
-    await conn.execute(
-        text("INSERT INTO event_batch (sale, order_nos) VALUES (:sale, CAST(:order_nos AS text[]))"),
-        {"sale": sale, "order_nos": list(order_nos)},
+    await (await driver(conn)).execute(
+        "INSERT INTO event_batch (sale, order_nos) VALUES ($1, string_to_array($2, ' '))",
+        *(sale, " ".join(order_nos)),
     )
 
 

@@ -26,7 +26,6 @@ import msgspec
 import structlog
 from prometheus_client import Counter as Count
 from prometheus_client import Histogram
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
@@ -35,8 +34,8 @@ from app.contacts import index_of
 from app.errors import DidNotHappen
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, orders, payments
-from app.ledger.confirming import NewOrder, Terms
-from app.ledger.engine import passes, sqlstate_of
+from app.ledger.confirming import Kind, NewOrder, Terms
+from app.ledger.engine import by_hand, passes, sqlstate_of
 from app.link import Link
 from app.purchase.told import refused_json, status_json
 from app.scripts import Scripts
@@ -47,6 +46,7 @@ SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
 MARKS_MAX = 500  # tickets told in one call: the server answers others within a millisecond
 TRIES_MAX = 5  # Postgres changed under a batch that often: somebody else is at work, the entries stay pending
 
+_FORMAT = b"%d" % FORMAT
 IN_A_ROW = ("reserved", "again")  # outcomes of claims that have an order
 
 CONFIRMED = Count("fairdrop_confirm_claims", "claims that got their outcome, by outcome", ["outcome"])
@@ -99,7 +99,7 @@ def parse(sale: str, entries: Iterable[Entry]) -> tuple[list[Claim], list[Bad]]:
         except ValueError:
             bad.append(Bad(entry_id, raw, "shape"))
             continue
-        if kind != b"c" or form != b"%d" % FORMAT:
+        if kind != b"c" or form != _FORMAT:
             bad.append(Bad(entry_id, raw, "format"))
         elif not (0 < name[2] <= SEQ_MAX and rest[1] > 0 and buyer):
             bad.append(Bad(entry_id, raw, "range"))
@@ -193,15 +193,10 @@ class Confirmer:
         """The outcome of every claim, committed. order_no → what Redis must be told."""
         if not careful:
             try:
-                async with self.engine.begin() as conn:
+                async with by_hand(self.engine) as conn:
                     return await self._copy(conn, sale, claims, contacts)
-            except asyncpg.UniqueViolationError:
-                pass  # some of them exist: ask
-            except IntegrityError as error:
-                if sqlstate_of(error) != asyncpg.CheckViolationError.sqlstate:
-                    raise
-            except _LookAgain:
-                pass
+            except (asyncpg.UniqueViolationError, asyncpg.CheckViolationError, _LookAgain):
+                pass  # some of them exist, or they are too many, or of another epoch: ask
             except Exception as error:
                 if passes(error):
                     raise
@@ -228,7 +223,7 @@ class Confirmer:
         lack, copy = False, True
         for _ in range(TRIES_MAX):
             try:
-                async with self.engine.begin() as conn:
+                async with by_hand(self.engine) as conn:
                     return await self._arbitrate(conn, sale, claims, contacts, lack=lack, copy=copy)
             except _LookAgain:
                 continue
@@ -367,13 +362,13 @@ class Confirmer:
         if terms.any_ended:
             silent = [claim.buyer_id for claim in claims if claim.buyer not in contacts]
             known = await orders.contacts_of_ended(conn, sale, silent) if silent else {}
-        in_common: dict[tuple[str, int], tuple[Any, ...]] = {}
+        kinds: dict[tuple[str, int], Kind] = {}
         new: list[NewOrder] = []
         for claim in claims:
-            kind = claim.sku, claim.units
-            if kind not in in_common:
+            kind = kinds.get((claim.sku, claim.units))
+            if kind is None:
                 item = terms.items[claim.sku]
-                in_common[kind] = (
+                kind = kinds[claim.sku, claim.units] = Kind(
                     sale,
                     claim.sku,
                     claim.epoch,
@@ -383,13 +378,12 @@ class Confirmer:
                     "reserved",
                     terms.pay_within_s,
                 )
-            buyer_id = claim.buyer_id
-            contact = contacts.get(claim.buyer) or known.get(buyer_id)
-            index = None if contact is None else index_of(self._keys, contact, sale, buyer_id)
+            contact = index = None
+            if contacts or known:
+                contact = contacts.get(claim.buyer) or known.get(claim.buyer_id)
+                index = None if contact is None else index_of(self._keys, contact, sale, claim.buyer_id)
             new.append(
-                NewOrder(
-                    claim.order_no, buyer_id, claim.seq, claim.claimed_ms, contact, index, *in_common[kind]
-                )
+                NewOrder(claim.order_no, claim.buyer, claim.seq, claim.claimed_ms, contact, index, kind)
             )
         return new
 
@@ -404,14 +398,11 @@ class Confirmer:
 
     def _reserved(self, new: Sequence[NewOrder], terms: Terms) -> dict[str, Told]:
         """What is told of rows that this transaction has just written: version 1, no deadline yet."""
-        told: dict[str, Told] = {}
-        shared: dict[tuple[str, int], Told] = {}
+        shared: dict[int, Told] = {}
         for order in new:
-            kind = order.sku, order.units
-            if kind not in shared:
-                shared[kind] = _reserved(order, terms)
-            told[order.order_no] = shared[kind]
-        return told
+            if id(order.kind) not in shared:
+                shared[id(order.kind)] = _reserved(order, terms)
+        return {order.order_no: shared[id(order.kind)] for order in new}
 
     async def _refuse(
         self,
@@ -504,19 +495,24 @@ class Confirmer:
         rest: list[tuple[Claim, Told]] = []
         old: list[Claim] = []
         alike: dict[tuple[Any, ...], dict[int, tuple[Claim, Told]]] = {}
+        groups: dict[
+            int, dict[int, tuple[Claim, Told]]
+        ] = {}  # by what is told: claims that share it are alike
         for pair in marks:
             claim, what = pair
-            if what.byte != "r" or what.version != 1 or what.behind is None:
-                rest.append(pair)
-                continue
-            group = alike.setdefault((claim.epoch, claim.sku, what.before, what.behind), {})
+            group = groups.get(id(what))
+            if group is None:
+                if what.byte != "r" or what.version != 1 or what.behind is None:
+                    rest.append(pair)
+                    continue
+                group = alike.setdefault((claim.epoch, claim.sku, what.before, what.behind), {})
+                groups[id(what)] = group
             if group.setdefault(claim.seq, pair) is not pair:
                 rest.append(pair)
 
         async def tell(part: list[tuple[Claim, Told]]) -> None:
-            (first, what), newest = part[0], part[-1]
+            first, what = part[0]
             assert what.behind is not None
-            part.sort(key=_seq_of)
             try:
                 answer = await self.scripts.claims_mark(
                     sale=sale,
@@ -525,7 +521,6 @@ class Confirmer:
                     before=what.before,
                     behind=what.behind,
                     tickets=[(claim.seq, claim.order_no, claim.entry_id) for claim, _ in part],
-                    newest=part.index(newest),
                 )
             except DidNotHappen:
                 rest.extend(part)  # memory is full: ticket_mark may run all the same
@@ -545,7 +540,7 @@ class Confirmer:
 
         parts: list[list[tuple[Claim, Told]]] = []
         for group in alike.values():
-            fresh = list(group.values())  # as they are in the stream
+            fresh = list(group.values())
             parts += [fresh[first : first + MARKS_MAX] for first in range(0, len(fresh), MARKS_MAX)]
         await asyncio.gather(*map(tell, parts))
         return rest, old
@@ -589,18 +584,21 @@ class Confirmer:
 
 def _reserved(order: NewOrder, terms: Terms) -> Told:
     """What is told of an order that was just written, and of all that differ in nothing but the number."""
-    item = terms.items[order.sku]
-    row: dict[str, Any] = {**order._asdict(), "pay_by": None, "reason": None, "leaving": False}
+    kind = order.kind
+    item = terms.items[kind.sku]
+    row: dict[str, Any] = {
+        **kind._asdict(), "order_no": order.order_no, "pay_by": None, "reason": None, "leaving": False
+    }  # fmt: skip
     line = {
         "kind": "item",
-        "sku": order.sku,
+        "sku": kind.sku,
         "title": item.title,
-        "units": order.units,
+        "units": kind.units,
         "unit_minor": item.price_minor,
-        "amount_minor": order.amount_minor,
+        "amount_minor": kind.amount_minor,
     }
     attempt: dict[str, Any] | None = None
-    if terms.default_channel is not None and order.amount_minor > 0:
+    if terms.default_channel is not None and kind.amount_minor > 0:
         attempt = {"channel": terms.default_channel, "state": "created", "code": None, "kind": None}
     before, _, behind = status_json(row, [line], attempt).partition(order.order_no.encode())
     return Told("reserved", "r", 1, before, behind)
@@ -609,10 +607,6 @@ def _reserved(order: NewOrder, terms: Terms) -> Told:
 def _current(terms: Terms, claim: Claim) -> bool:
     item = terms.items.get(claim.sku)
     return item is not None and item.epoch == claim.epoch
-
-
-def _seq_of(pair: tuple[Claim, Told]) -> int:
-    return pair[0].seq
 
 
 def _entry_order(entry_id: bytes) -> tuple[int, int]:

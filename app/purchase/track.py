@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from app import alike
 from app.batcher import Batcher, Full
 from app.errors import DidNotHappen, FairdropError, Refusal
 from app.keys import SaleKeys
@@ -29,6 +30,7 @@ from app.tokens import Keyring, Ticket, ticket_id
 
 READ_BATCH_MAX = 256  # tickets in one pipeline
 READS_IN_FLIGHT_MAX = 2
+FORMS_MAX = 1_000  # of statuses, 300 bytes each: a sale has a few an item
 POLLS_PER_S = (
     5_000  # polls that a whole line may make in a second, roughly: the longer the line, the rarer each poll
 )
@@ -140,6 +142,7 @@ class Tracker:
         self._snapshots = snapshots
         self._poll_min_ms = settings.poll_min_ms
         self._poll_max_ms = settings.poll_max_ms
+        self._forms: dict[str, bytes] = {}
         self._reads: Batcher[Look, Seen | None] = Batcher(
             self._read, READ_BATCH_MAX, READS_IN_FLIGHT_MAX, settings.batch_queue_max
         )
@@ -345,6 +348,7 @@ class Tracker:
         self.read_count += len(looks)
         self.read_batches += 1
         found: list[Seen | None] = [None] * len(looks)
+        unread: dict[tuple[SaleKeys, str], list[tuple[int, bytes]]] = {}
         if isinstance(replies[0], Exception):
             now_ms = self._snapshots.now_ms()
         else:
@@ -379,10 +383,36 @@ class Tracker:
                 status = None
                 raw = statuses[2 * number]
                 if raw:
-                    _, told, text = raw.split(b"|", 2)
-                    byte, status = told, _status_of(text)
+                    _, byte, text = raw.split(b"|", 2)
+                    like = alike.cut(text)
+                    if like is None:
+                        status = _status_of(text)
+                    elif like[0] in self._forms:
+                        status = _status_of(alike.filled(self._forms[like[0]], like[1]))
+                    else:
+                        unread.setdefault((look.keys, like[0]), []).append((at, like[1]))
                 found[at] = Seen(byte, served, next_seq, status, statuses[2 * number + 1] or b"")
+        if unread:
+            await self._read_forms(unread, found)
         return found
+
+    async def _read_forms(
+        self, unread: Mapping[tuple[SaleKeys, str], list[tuple[int, bytes]]], found: list[Seen | None]
+    ) -> None:
+        """Fill in the statuses whose form this process has not met. A form that is gone went with its epoch."""
+        forms = await self._link.pipeline(
+            [("HGET", keys.status, alike.field_of(name)) for keys, name in unread]
+        )
+        if len(self._forms) > FORMS_MAX:
+            self._forms.clear()
+        for ((_, name), tickets), form in zip(unread.items(), forms, strict=True):
+            known = form is not None and not isinstance(form, Exception)
+            if known:
+                self._forms[name] = form
+            for at, order_no in tickets:
+                seen = found[at]
+                status = _status_of(alike.filled(form, order_no)) if known else None
+                found[at] = seen._replace(status=status) if seen is not None and known else None
 
     def told_from_redis(
         self, token: str, ticket: Ticket, view: SaleView, item: ItemView, seen: Seen, mine: bool

@@ -18,6 +18,7 @@ from app import resources
 from app.desk import hooks
 from app.errors import DidNotHappen, Unknown
 from app.ledger import confirming, orders
+from app.ledger.engine import by_hand
 from app.providers.answer import Done
 from app.providers.guard import GuardedPayment
 from app.providers.payment import HookAnswer, LinkWanted
@@ -190,7 +191,7 @@ def violation_is_poison() -> None:
         self: Confirmer, sale: str, claims: Sequence[Claim], contacts: Any, *, careful: bool
     ) -> Any:
         try:
-            async with self.engine.begin() as conn:
+            async with by_hand(self.engine) as conn:
                 return await self._copy(conn, sale, claims, contacts)
         except asyncpg.UniqueViolationError:
             told: dict[str, Told] = {}

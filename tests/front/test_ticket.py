@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.answers import Fenced, Rebuilt
+from app.answers import Fenced, MarkedEach, Rebuilt
 from app.draw import rank_of, round_keys
 from app.keys import SaleKeys
+from app.purchase.told import status_json
 from app.sealing import CannotOpen, address_aad, payer_aad, sealing_keys, unseal
 from tests.front.conftest import PII_KEY, Front, Open, Shop, until
 from tests.front.wire import crowd, get_bytes, join_bytes
@@ -411,6 +412,31 @@ async def test_a_winner_is_told_that_payment_is_out_of_order_and_that_the_deadli
     assert told["order"]["extended_s"] == 300
     await shop.mark("x", 1, b"p", version=4, payment={"state": "paid"}, order={"extended_s": 300})
     assert "notice" not in (await front.poll(ticket, "ann")).json()
+
+
+async def test_winners_told_together_each_see_the_whole_order(front: Front, shop: Shop, seen: Seen) -> None:
+    """`claims_mark` keeps what they have in common once; a form that went with its epoch is asked for again."""
+    await shop.publish(units=3, opens_in_s=-1)
+    await seen()
+    ann, bob, cid = [(await front.join("x", buyer)).json()["ticket"] for buyer in ("ann", "bob", "cid")]
+    whole = status_json(
+        {"order_no": "#", "state": "reserved", "amount_minor": 1000, "currency": "EUR", "pay_by": None,
+         "leaving": False, "reason": None}, [], None,
+    )  # fmt: skip
+    before, _, behind = whole.partition(b"#")
+    tickets = [(seq, f"{seq:024d}", b"%d-0" % seq) for seq in (1, 2)]
+    marked = await shop.scripts.claims_mark(
+        sale="x", epoch=1, sku="A", before=before, behind=behind, tickets=tickets
+    )
+    assert marked == MarkedEach("11")
+    for _ in range(2):  # the second time from memory
+        for seq, (ticket, buyer) in enumerate([(ann, "ann"), (bob, "bob")], 1):
+            told = (await front.poll(ticket, buyer)).json()
+            assert (told["state"], told["order"]["order_no"]) == ("reserved", f"{seq:024d}")
+            assert (told["order"]["amount_minor"], told["payment"]["state"]) == (1000, "none")
+    other = b'{"like":"' + b"0" * 16 + b'","order_no":"' + b"9" * 24 + b'"}'
+    await shop.link.call("HSET", SaleKeys("x").status, "A:3", b"1|r|" + other)
+    assert (await front.poll(cid, "cid")).status_code == 503
 
 
 async def test_after_a_rebuild_a_winner_keeps_the_ticket_and_the_others_have_lapsed(

@@ -15,6 +15,7 @@ import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from app import alike
 from app.answers import Claimed, Joined, Published
 from app.keys import GROUP, SaleKeys
 from app.ledger import events
@@ -228,6 +229,9 @@ class Shop:
         if found is None:
             return None
         version, byte, document = found.split(b"|", 2)
+        if (like := alike.cut(document)) is not None:
+            form = await self.link.call("HGET", self.keys.status, alike.field_of(like[0]))
+            document = alike.filled(form, like[1])
         return int(version), byte, msgspec.json.decode(document)
 
     async def backlog(self) -> int:

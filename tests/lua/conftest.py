@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from app import alike
 from app.answers import Joined, Published
 from app.draw import seed_hash
 from app.keys import SaleKeys
@@ -171,6 +172,20 @@ class Stage:
 
     async def status(self) -> dict[str, str]:
         return _hash(await self.link.call("HGETALL", self.keys.status))
+
+    async def told(self) -> dict[str, str]:
+        """`status` as its readers see it: without the forms, filled in."""
+        status = await self.status()
+        told: dict[str, str] = {}
+        for field, value in status.items():
+            version, _, text = value.partition("|")
+            like = alike.cut(text[2:].encode())
+            if like is not None:
+                form = status[alike.field_of(like[0])].encode()
+                value = f"{version}|{text[:2]}{alike.filled(form, like[1]).decode()}"
+            if not field.startswith("="):
+                told[field] = value
+        return told
 
     async def buyers(self) -> dict[str, str]:
         return _hash(await self.link.call("HGETALL", self.keys.buyers))

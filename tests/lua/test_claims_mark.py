@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from app import alike
 from app.answers import Gone, MarkedEach, Old
 from app.keys import GROUP
+from app.scripts import _runs, _runs_of_ids
 from tests.lua.conftest import Stage
 
 pytestmark = pytest.mark.stores_matrix
@@ -30,9 +34,9 @@ def number(seq: int) -> str:
     return f"{seq:024d}"
 
 
-async def mark(stage: Stage, *tickets: tuple[int, str, bytes], epoch: int = 1, newest: int = -1) -> Any:
+async def mark(stage: Stage, *tickets: tuple[int, str, bytes], epoch: int = 1) -> Any:
     return await stage.scripts.claims_mark(
-        sale="x", epoch=epoch, sku="A", before=b'{"n":"', behind=b'"}', tickets=tickets, newest=newest % len(tickets),
+        sale="x", epoch=epoch, sku="A", before=b'{"n":"', behind=b'"}', tickets=tickets,
         now_ms=stage.now,
     )  # fmt: skip
 
@@ -55,7 +59,7 @@ async def test_claimed_tickets_are_reserved_and_told_version_one(stage: Stage) -
     assert await mark(stage, *await read(stage, 1, 2, 4)) == MarkedEach("111")
     assert await left(stage) == (1, 1)  # the third is still to be told
     assert await stage.outcome() == b"rrcr"
-    told = await stage.status()
+    told = await stage.told()
     assert {name: told[name] for name in ("A:1", "A:2", "A:4")} == {
         f"A:{seq}": '1|r|{"n":"' + number(seq) + '"}' for seq in (1, 2, 4)
     }  # fmt: skip
@@ -68,7 +72,7 @@ async def test_it_tells_what_ticket_mark_would_have_told(stage: Stage) -> None:
     await stage.mark(1, 1, b"r", json='{"n":"' + number(2) + '"}', keep_ask=True)
     await mark(stage, *await read(stage, 2))
     assert await stage.outcome() == b"rr"
-    told = await stage.status()
+    told = await stage.told()
     assert told["A:1"] == told["A:2"]
 
 
@@ -77,9 +81,9 @@ async def test_a_ticket_that_ended_untold_or_waits_is_left_alone_with_its_entry(
     await stage.join("ann", "bob", "cid")
     (ann, bob, cid) = await read(stage)
     await stage.link.call("SETRANGE", stage.keys.outcome("A"), 0, "e")
-    assert await mark(stage, ann, bob, cid, (9, number(9), b"1-1"), newest=2) == MarkedEach("0110")
+    assert await mark(stage, ann, bob, cid, (9, number(9), b"1-1")) == MarkedEach("0110")
     assert await stage.outcome() == b"err"
-    told = await stage.status()
+    told = await stage.told()
     assert sorted(told) == ["A:2", "A:3"]
     assert await left(stage) == (1, 1)
 
@@ -91,10 +95,10 @@ async def test_what_was_told_is_never_told_again_but_its_entry_is_done(stage: St
     tickets = await read(stage)
     await stage.mark(1, 4, b"p")
     await stage.release(2, 1)
-    before, told_before = await stage.outcome(), await stage.status()
+    before, told_before = await stage.outcome(), await stage.told()
     assert await mark(stage, *tickets) == MarkedEach("111")
     assert await stage.outcome() == before[:2] + b"r"
-    told = await stage.status()
+    told = await stage.told()
     assert (told["A:1"], told["A:2"]) == (told_before["A:1"], told_before["A:2"])
     assert await left(stage) == (0, 0)
 
@@ -108,10 +112,10 @@ async def test_a_claimed_ticket_that_was_told_keeps_its_byte_among_others(stage:
     await stage.release(2, 2)
     await stage.retake(2, 2)
     assert await stage.outcome() == b"cccc"
-    told = (await stage.status())["A:2"]
+    told = (await stage.told())["A:2"]
     assert await mark(stage, *tickets) == MarkedEach("1111")
     assert await stage.outcome() == b"rcrr"
-    assert (await stage.status())["A:2"] == told
+    assert (await stage.told())["A:2"] == told
     assert await left(stage) == (0, 0)
 
 
@@ -131,13 +135,59 @@ async def test_another_epoch_or_no_sale_changes_nothing(stage: Stage, unchanged:
     assert isinstance(await unchanged(mark(stage, ticket, epoch=2)), Old)
 
 
+async def test_what_tickets_are_told_alike_is_kept_once(stage: Stage) -> None:
+    await stage.publish(5)
+    await stage.join("ann", "bob", "cid")
+    (ann, bob, cid) = await read(stage)
+    await mark(stage, ann)
+    await mark(stage, bob, cid)
+    status = await stage.status()
+    (form,) = [field for field in status if field.startswith("=")]
+    assert status[form] == '{"n":"\0"}'
+    assert form == alike.field_of(alike.name_of(alike.form_of(b'{"n":"', b'"}')))
+    assert status["A:2"] == '1|r|{"like":"' + form[1:] + '","order_no":"' + number(2) + '"}'
+
+
+async def test_tickets_need_not_come_in_the_order_of_their_numbers(stage: Stage) -> None:
+    """A drawn line is served in another order than it was joined; an entry goes with its own ticket."""
+    await stage.publish(9)
+    await stage.join(*[f"b{n}" for n in range(8)])
+    tickets = await read(stage)
+    await stage.link.call("SETRANGE", stage.keys.outcome("A"), 4, "e")
+    order = [tickets[at] for at in (5, 6, 0, 4, 2, 1)]
+    assert await mark(stage, *order) == MarkedEach("111011")
+    assert await stage.outcome() == b"rrrcerrc"
+    told = await stage.told()
+    assert told == {f"A:{seq}": '1|r|{"n":"' + number(seq) + '"}' for seq in (1, 2, 3, 6, 7)}
+    kept = await stage.link.call("XRANGE", stage.keys.orders, "-", "+")
+    assert {entry_id for entry_id, _ in kept} >= {tickets[at][2] for at in (3, 4, 7)}
+    assert (await left(stage))[1] == 3
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 30)), max_size=40),
+    st.lists(st.integers(1, 2**53 - 1), min_size=1, max_size=40),
+)
+def test_runs_say_what_they_stand_for(ids: list[tuple[int, int]], seqs: list[int]) -> None:
+    named = [b"%d-%d" % one for one in ids]
+    runs = _runs_of_ids(named)
+    said = [
+        b"%d-%d" % (int(ms), nth)
+        for ms, first, length in zip(*[iter(runs)] * 3, strict=True)
+        for nth in range(int(first), int(first) + int(length))
+    ]
+    assert said == named
+    pairs = _runs(seqs)
+    assert [n for a, b in zip(*[iter(pairs)] * 2, strict=True) for n in range(a, a + b)] == seqs
+
+
 async def test_a_whole_batch_is_told(stage: Stage) -> None:
     await stage.publish(1_000)
     for first in range(0, 1_000, 250):
         await stage.join(*[f"b{first + n}" for n in range(250)])
     assert await mark(stage, *await read(stage)) == MarkedEach("1" * 1_000)
     assert await stage.outcome() == b"r" * 1_000
-    assert len(await stage.status()) == 1_000
+    assert len(await stage.told()) == 1_000
     assert await left(stage) == (0, 0)
 
 
@@ -162,11 +212,11 @@ async def test_entries_that_others_hold_or_nobody_has_had_stay(stage: Stage, new
     assert len(await read(stage)) == 1
 
 
-async def test_a_caller_who_names_another_newest_entry_loses_nothing(stage: Stage) -> None:
+async def test_a_caller_whose_last_entry_is_not_the_newest_loses_nothing(stage: Stage) -> None:
     await stage.publish(10)
     await stage.join(*[f"b{n}" for n in range(6)])
-    tickets = await read(stage)
-    assert await mark(stage, *tickets, newest=2) == MarkedEach("111111")
+    (*rest, newest) = await read(stage)
+    assert await mark(stage, newest, *rest) == MarkedEach("111111")
     await stage.join("next")
     assert (await left(stage))[1] == 0
     await mark(stage, *await read(stage))

@@ -28,7 +28,6 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
         before=b"{",
         behind=b"}",
         tickets=[(1, "n" * 24, b"1-1")],
-        newest=0,
         now_ms=stage.now,
     ),
     "ask_put": lambda stage: stage.ask(1, "leave"),
