@@ -31,7 +31,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, ClassVar, Literal
 from urllib.parse import quote
 
 from app.errors import CannotStart
@@ -257,6 +257,7 @@ class _Store(ABC):
     name: str
     stop_signal: signal.Signals
     death_signal: signal.Signals
+    environment: ClassVar[dict[str, str]] = {}  # besides PATH, LC_ALL and TZ
 
     def __init__(self, home: Path, password: str, port: int, log_path: Path | None) -> None:
         self.home = home.absolute()
@@ -304,7 +305,7 @@ class _Store(ABC):
                 stdout=log,
                 stderr=log,
                 cwd=self.home,
-                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"} | self.environment,
                 start_new_session=True,  # Ctrl-C in the terminal is for the parent, which stops things in order
             )
 
@@ -379,6 +380,15 @@ class Valkey(_Store):
     death_signal = (
         signal.SIGKILL
     )  # not SIGTERM: a server inside a script would ignore it, and fsync has been done
+    # The wheel's server has glibc's allocator; one with jemalloc ignores this. For each size it keeps 7 free blocks at
+    # hand, and a batch of joins takes and frees hundreds: 1,000 (at most 33 MB in all) are a tenth fewer instructions.
+    # What is freed at the end of the heap it gives back at once, under its lock: while a line of millions that sold
+    # out was freed in the background, calls waited 5 to 20 ms. So never; the next sale uses it again, and only blocks
+    # above 4 MB (a fixed limit, since both go together) return to the system.
+    environment: ClassVar[dict[str, str]] = {
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=1000"
+        ":glibc.malloc.trim_threshold=1099511627776:glibc.malloc.mmap_threshold=4194304"
+    }
 
     def __init__(
         self,

@@ -51,6 +51,18 @@ def own_postgres(home: Path) -> Iterator[Postgres]:
         postgres.kill()
 
 
+def test_valkey_gives_back_no_memory_while_calls_wait_for_it(own_valkey: Valkey) -> None:
+    """glibc trims the heap under its lock: freeing a long line held calls up for milliseconds."""
+    own_valkey.start()
+    asked = psutil.Process(own_valkey.pid).environ()["GLIBC_TUNABLES"].split(":")
+    found = {
+        name.removeprefix("glibc.malloc."): int(value) for name, value in (one.split("=") for one in asked)
+    }
+    assert found["trim_threshold"] > 2**32
+    assert found["mmap_threshold"] <= 2**25  # glibc refuses more without a word
+    assert found["tcache_count"] <= 2**16 - 1  # and here, too
+
+
 def test_valkey_keeps_every_acknowledged_write_through_kill_9(own_valkey: Valkey) -> None:
     own_valkey.start()
     port = own_valkey.port
