@@ -34,8 +34,10 @@ SECRETS = (
     "wechat_pay_public_key",
     "aliyun_sms_key_secret",
     "aliyun_sms_templates",
+    "aliyun_sms_report_token",
     "tencent_sms_secret_key",
     "tencent_sms_templates",
+    "tencent_sms_report_token",
     "twilio_auth_token",
 )  # also public keys, certificates and templates: what people keep in files
 
@@ -481,6 +483,11 @@ class Settings(BaseSettings):
     aliyun_sms_templates: str = Field(
         "", description="JSON: approved template code and its values, by event and language"
     )
+    aliyun_sms_report_token: SecretStr = Field(
+        SecretStr(""),
+        description="secret end of the address that delivery reports, which are not signed, are sent to:"
+        " <office>/v1/hooks/aliyun-sms/<token>; empty: none are taken",
+    )
     aliyun_sms_url: str = Field("https://dysmsapi.aliyuncs.com", description="address of the SMS API")
     tencent_sms_secret_id: str = Field("", description="SecretId")
     tencent_sms_secret_key: SecretStr = Field(SecretStr(""), description="SecretKey")
@@ -488,6 +495,9 @@ class Settings(BaseSettings):
     tencent_sms_signature: str = Field("", description="approved signature (签名)")
     tencent_sms_templates: str = Field(
         "", description="JSON: approved template id and its values in order, by event and language"
+    )
+    tencent_sms_report_token: SecretStr = Field(
+        SecretStr(""), description="the same: <office>/v1/hooks/tencent-sms/<token>"
     )
     tencent_sms_region: str = Field("ap-guangzhou", description="region of the SMS API")
     tencent_sms_url: str = Field("https://sms.tencentcloudapi.com", description="address of the SMS API")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, cast
 
 import msgspec
+import structlog
 from fastapi import APIRouter, Path, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -16,6 +17,7 @@ from app.purchase import tell
 from app.purchase.paying.hook import HOOK_BODY_MAX_BYTES, take_hook
 
 router = APIRouter(tags=["hooks"])
+_log = structlog.get_logger("hooks")
 
 
 @router.post(
@@ -48,6 +50,42 @@ async def hook(
         raise refuse("hook_refused" if answer.status == 401 else "invalid", extra={"why": why})
     headers = {**answer.headers, "content-type": answer.content_type}
     return Response(answer.body, status_code=answer.status, headers=headers)
+
+
+@router.post(
+    "/v1/hooks/{provider}/{token}",
+    responses={
+        200: {
+            "description": "the supplier's own success reply: committed",
+            "content": {"application/json": {}},
+        },
+        503: {"description": "not committed: call again"},
+        **refusals("hook_refused", "no_such_provider", "too_large", "invalid"),
+    },
+    response_class=Response,
+    summary="Delivery reports of an SMS supplier that does not sign them",
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": {}}}, "required": True}},
+)
+async def reports(
+    provider: Annotated[str, Path(pattern=r"^[a-z][a-z0-9_-]{0,63}$")],
+    token: Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")],
+    request: Request,
+) -> Response:
+    """The token of the supplier's settings vouches for them; without one there are none."""
+    state = request.app.state
+    raw = await bounded_body(request, HOOK_BODY_MAX_BYTES)
+    try:
+        taken = await tell.take_reports(state.engine, cast(Providers, state.providers), provider, token, raw)
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        _log.error(
+            "sms_reports_not_kept", provider=provider, error=repr(error)
+        )  # not the path: it holds the token
+        return Response(status_code=503)
+    if isinstance(taken, HookForged):
+        raise refuse("hook_refused", extra={"why": taken.code})
+    if taken == "no_such_provider":
+        raise refuse("no_such_provider")
+    return Response(taken, media_type="application/json")
 
 
 async def _report(provider: str, request: Request, raw: bytes) -> Response:

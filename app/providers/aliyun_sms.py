@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import quote, urlsplit
@@ -21,9 +21,10 @@ import httpx
 import msgspec
 
 from app.breaker import Result
-from app.providers import wire
+from app.providers import reports, wire
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
-from app.providers.sms import Sent, Text
+from app.providers.payment import HookForged
+from app.providers.sms import Sent, SmsStatus, Text
 from app.providers.templates import Templates
 
 API_URL: Final = "https://dysmsapi.aliyuncs.com"
@@ -60,6 +61,14 @@ class _Reply(msgspec.Struct, rename="pascal", kw_only=True):
     biz_id: str | None = None
 
 
+class _Report(msgspec.Struct):
+    """One state of SmsReport."""
+
+    success: bool
+    biz_id: str
+    err_code: str = ""
+
+
 def canonical_query(params: Mapping[str, str]) -> str:
     return "&".join(f"{quote(name, safe='~')}={quote(params[name], safe='~')}" for name in sorted(params))
 
@@ -82,6 +91,7 @@ class AliyunSms:
     """SMS through Aliyun."""
 
     name = "aliyun-sms"
+    report_answer = b'{"code":0,"msg":"OK"}'
 
     def __init__(
         self,
@@ -93,8 +103,10 @@ class AliyunSms:
         deadline_s: float,
         connections_max: int,
         url: str = API_URL,
+        report_token: str = "",
     ) -> None:
-        """signature: the approved 签名 that heads every text."""
+        """signature: the approved 签名 that heads every text. report_token: see reports.py."""
+        self.report_token = report_token
         self._key_id, self._key_secret = key_id, key_secret
         self._signature, self._templates = signature, templates
         self._host = urlsplit(url).netloc
@@ -133,6 +145,19 @@ class AliyunSms:
         except httpx.HTTPError as error:
             return wire.failed(error)
         return _meaning(reply)
+
+    def read_reports(self, raw_body: bytes) -> Sequence[SmsStatus] | HookForged:
+        """SmsReport's JSON array; what it says of the phone number is not read."""
+        found = reports.rows(raw_body, _Report)
+        if isinstance(found, HookForged):
+            return found
+        return [
+            SmsStatus(
+                event_id=f"{one.biz_id}:{one.err_code}", provider_ref=one.biz_id, status=one.err_code,
+                arrived=one.success, code=None if one.success else f"aliyun_{one.err_code}"[: reports.CODE_MAX],
+            )
+            for one in found
+        ]  # fmt: skip
 
 
 def _meaning(reply: httpx.Response) -> Answer[Sent]:

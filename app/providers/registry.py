@@ -14,6 +14,7 @@ from app.providers.alipay import Alipay
 from app.providers.aliyun_sms import AliyunSms
 from app.providers.guard import Guard, GuardedPayment, GuardedSms, GuardRules
 from app.providers.payment import PaymentProvider, WantsAddress
+from app.providers.reports import report_token
 from app.providers.routes import Routes
 from app.providers.sandbox_adapter import SandboxPayment, SandboxSms
 from app.providers.sms import SmsProvider
@@ -235,6 +236,9 @@ def _sms(word: str, settings: Settings) -> SmsProvider:
                 deadline_s=deadline_s,
                 connections_max=connections_max,
                 url=settings.aliyun_sms_url,
+                report_token=report_token(
+                    settings.aliyun_sms_report_token.get_secret_value(), "FAIRDROP_ALIYUN_SMS_REPORT_TOKEN"
+                ),
             )
         case "tencent-sms":
             _need(
@@ -251,6 +255,9 @@ def _sms(word: str, settings: Settings) -> SmsProvider:
                 connections_max=connections_max,
                 region=settings.tencent_sms_region,
                 url=settings.tencent_sms_url,
+                report_token=report_token(
+                    settings.tencent_sms_report_token.get_secret_value(), "FAIRDROP_TENCENT_SMS_REPORT_TOKEN"
+                ),
             )
         case "twilio":
             _need(settings, "twilio_account_sid", "twilio_auth_token", "twilio_sender")

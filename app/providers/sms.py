@@ -5,7 +5,7 @@ An unknown result is never repeated: two texts confuse, and what a lost one says
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -52,10 +52,21 @@ class SmsStatus:
 
 @runtime_checkable
 class ReportsStatus(Protocol):
-    """A supplier whose reports are signed. (Aliyun's and Tencent Cloud's are not: anyone could send one.)"""
+    """A supplier whose reports are signed."""
 
     def read_status(self, headers: Mapping[str, str], raw_body: bytes) -> SmsStatus | HookForged:
         """Verify a report on its raw bytes. headers: names in lower case."""
+
+
+@runtime_checkable
+class ReportsByToken(Protocol):
+    """A supplier whose reports are not signed: a secret in the address vouches for them (reports.py)."""
+
+    report_token: str  # empty: none are taken
+    report_answer: bytes  # the JSON that it wants to hear
+
+    def read_reports(self, raw_body: bytes) -> Sequence[SmsStatus] | HookForged:
+        """The reports of one call; the caller has checked the token."""
 
 
 class SmsProvider(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import urlsplit
@@ -19,9 +20,10 @@ import httpx
 import msgspec
 
 from app.breaker import Result
-from app.providers import wire
+from app.providers import reports, wire
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
-from app.providers.sms import Sent, Text
+from app.providers.payment import HookForged
+from app.providers.sms import Sent, SmsStatus, Text
 from app.providers.templates import Templates
 
 API_URL: Final = "https://sms.tencentcloudapi.com"
@@ -87,10 +89,19 @@ def authorization(secret_id: str, secret_key: str, host: str, body: bytes, at_s:
     )
 
 
+class _Report(msgspec.Struct):
+    """One state of the call-back."""
+
+    sid: str
+    report_status: str
+    errmsg: str = ""
+
+
 class TencentSms:
     """SMS through Tencent Cloud."""
 
     name = "tencent-sms"
+    report_answer = b'{"result":0,"errmsg":"OK"}'
 
     def __init__(
         self,
@@ -104,8 +115,10 @@ class TencentSms:
         connections_max: int,
         region: str = "ap-guangzhou",
         url: str = API_URL,
+        report_token: str = "",
     ) -> None:
-        """app_id: SmsSdkAppId. signature: the approved 签名 that heads every text."""
+        """app_id: SmsSdkAppId. signature: the approved 签名 that heads every text. report_token: see reports.py."""
+        self.report_token = report_token
         self._secret_id, self._secret_key, self._app_id = secret_id, secret_key, app_id
         self._signature, self._templates, self._region = signature, templates, region
         self._host = urlsplit(url).netloc
@@ -144,6 +157,21 @@ class TencentSms:
         except httpx.HTTPError as error:
             return wire.failed(error)
         return _meaning(reply)
+
+    def read_reports(self, raw_body: bytes) -> Sequence[SmsStatus] | HookForged:
+        """The JSON array of the status call-back; what it says of the phone number is not read."""
+        found = reports.rows(raw_body, _Report)
+        if isinstance(found, HookForged):
+            return found
+        arrived = {"SUCCESS": True, "FAIL": False}
+        return [
+            SmsStatus(
+                event_id=f"{one.sid}:{one.report_status}", provider_ref=one.sid, status=one.report_status,
+                arrived=arrived.get(one.report_status),
+                code=f"tencent_{one.errmsg}"[: reports.CODE_MAX] if one.report_status == "FAIL" else None,
+            )
+            for one in found
+        ]  # fmt: skip
 
 
 def _meaning(reply: httpx.Response) -> Answer[Sent]:

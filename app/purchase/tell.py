@@ -10,6 +10,7 @@ call, and go nowhere else.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from app.ledger.engine import alone
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.payment import HookForged
 from app.providers.registry import Providers
-from app.providers.sms import ReportsStatus, Sent, Text
+from app.providers.sms import ReportsByToken, ReportsStatus, Sent, Text
 from app.purchase.leased import backoff_s, work_off
 from app.scripts import Scripts
 from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
@@ -316,6 +317,38 @@ async def take_report(
     if changed:
         TEXTS.labels("any", "delivered" if status.arrived else "not_delivered").inc()
     return "taken" if changed else "known"
+
+
+async def take_reports(
+    engine: AsyncEngine, providers: Providers, name: str, token: str, raw_body: bytes
+) -> bytes | HookForged | Literal["no_such_provider"]:
+    """Reports that a secret address vouches for; all of a call are kept, or none. What to answer, in JSON."""
+    provider = providers.sms.get(name)
+    if (
+        provider is None
+        or not isinstance(provider.adapter, ReportsByToken)
+        or not provider.adapter.report_token
+    ):
+        return "no_such_provider"
+    if not hmac.compare_digest(provider.adapter.report_token.encode(), token.encode()):
+        TEXTS.labels("any", "report_refused").inc()
+        log.warning("sms_report_refused", provider=name, code="token_wrong")
+        return HookForged("token_wrong")
+    found = provider.adapter.read_reports(raw_body)
+    if isinstance(found, HookForged):
+        TEXTS.labels("any", "report_refused").inc()
+        log.warning("sms_report_refused", provider=name, code=found.code)
+        return found
+    changed: list[bool] = []
+    async with engine.begin() as conn:
+        for one in found:
+            if one.arrived is not None and await sms.report(
+                conn, name, one.provider_ref, one.arrived, one.code
+            ):
+                changed.append(one.arrived)
+    for arrived in changed:
+        TEXTS.labels("any", "delivered" if arrived else "not_delivered").inc()
+    return provider.adapter.report_answer
 
 
 # On the ticket

@@ -103,6 +103,12 @@ async def test_an_unknown_supplier_is_told_which_there_are(change: dict[str, str
         await opened(**change)
 
 
+@pytest.mark.parametrize("token", ["short", "x" * 23, "with/slash-and-twenty-four"])
+async def test_an_address_for_reports_that_could_be_guessed_stops_the_start(token: str) -> None:
+    with pytest.raises(CannotStart, match="FAIRDROP_ALIYUN_SMS_REPORT_TOKEN"):
+        await opened(aliyun_sms_report_token=token)
+
+
 async def test_in_production_the_sandbox_needs_its_secret() -> None:
     with pytest.raises(CannotStart, match="FAIRDROP_SANDBOX_SECRET"):
         await opened(env="production")
