@@ -118,9 +118,9 @@ def a_unit_too_many_in_redis(lines: list[Line], dice: Dice) -> list[Line]:
 
 def a_unit_vanished(lines: list[Line], dice: Dice) -> list[Line]:
     left = item(lines).left
-    if not left:
+    if left is None:
         raise Nothing
-    return change(lines, item(lines), left=left - 1)
+    return change(lines, item(lines), left=left - 1)  # also below 0: most of these sales sell out
 
 
 def stock_is_lost(lines: list[Line], dice: Dice) -> list[Line]:
