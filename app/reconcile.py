@@ -37,12 +37,14 @@ from app.ledger.rebuilding import REBUILDING
 from app.link import Link
 from app.providers.routes import encode
 from app.purchase.admit import Admitter
+from app.purchase.confirm import parse
 from app.rebuild import NotNow, rebuild
 from app.sale.publish import announce
 from app.scripts import Scripts
 from app.settings import Settings
 
 BACKLOG_READ_MAX = 200_000  # claims in flight that are looked at: twice the default cap
+TICKETS_A_CALL = 500  # statuses read at once: some 0.2 ms of Redis
 NEVER_A_REPLICA = "0" * 40  # master_replid2 of a server that was not promoted
 SURE_AFTER = (
     3  # comparisons in a row: the two stores are read one after the other, so one may catch a step half done
@@ -302,6 +304,9 @@ class Reconciler:
             self._lost(home, "promoted", "Redis was a replica and may lack writes")
             return False
         assert home.home is not None
+        if lacks := await self._lacks(home):
+            self._lost(home, "rolled_back", "Redis came back with an older state", lacks=lacks)
+            return False
         answer = await self.scripts.sale_rearm(
             sale=home.sale, epoch=home.epoch, old_home=home.home, new_home=run_id, pulse_at_least=home.pulse
         )
@@ -333,6 +338,32 @@ class Reconciler:
             "Redis restarted from its own log: the sale is open again", sale=home.sale, run_id=run_id
         )
         return True
+
+    async def _lacks(self, home: Home) -> str:
+        """What Postgres saw told to this Redis and it does not know: its log has lost its end, since the last pulse.
+
+        The sale is shut meanwhile, so Redis stands still; what is told later only adds. Empty: nothing is missing.
+        """
+        async with alone(self.engine) as conn:
+            told = await course.told(conn, home.sale, home.epoch)
+        k = SaleKeys(home.sale)
+        waiting = await reading.entries(self.link, k.orders, count_max=BACKLOG_READ_MAX)
+        claims, _ = parse(home.sale, waiting)
+        again = {(claim.sku, claim.seq) for claim in claims}  # told again, once the sale is open
+        for at in range(0, len(told.tickets), TICKETS_A_CALL):
+            page = told.tickets[at : at + TICKETS_A_CALL]
+            found = await self.link.call("HMGET", k.status, *(f"{sku}:{seq}" for sku, seq, _ in page))
+            for (sku, seq, version), status in zip(page, found, strict=True):
+                knows = int(status.partition(b"|")[0]) if status else 0
+                if knows < version and (sku, seq) not in again:
+                    return f"{sku} seq {seq} at version {version}, it knows {knows}"
+        for sku, top_up in told.added:
+            if not await self.link.call("HEXISTS", k.item(sku), f"add:{top_up}"):
+                return f"top-up {top_up} of {sku}"
+        version, closed = await self.link.call("HMGET", k.sale, "version", "closed")
+        if version is not None and int(version) < told.version and closed != b"1":
+            return f"a change of the sale: version {told.version}, it knows {int(version)}"
+        return ""
 
     async def compare_all(self) -> list[Books]:
         """Compare every sale that is not over; an excess that stays calls a person."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 import pytest
 
 from app.answers import Old, Pulsed
 from app.embedded import Valkey
-from app.ledger import orders
+from app.ledger import orders, outbox, sales
 from app.reconcile import ItemBooks, compare
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
@@ -60,6 +62,53 @@ async def test_a_redis_that_came_back_older_stays_closed(shop: Shop, valkey: Val
     assert await shop.reconciler.pulse() == 0
     assert (await home(shop))[0] == before
     assert isinstance(await shop.scripts.sale_pulse(sale=SALE, epoch=1, pulse=9), Old)
+
+
+@pytest.mark.parametrize("lost", ["order", "release", "status", "top-up", "switch"])
+async def test_a_redis_whose_log_lost_its_end_since_the_last_pulse_stays_closed(
+    shop: Shop, valkey: Valkey, lost: str
+) -> None:
+    """A disk that lies about fsync: no pulse is missing, and yet something that Postgres saw told."""
+    await shop.publish(10)
+    await shop.claim("ann", "bob")
+    await shop.reconciler.pulse()
+    log = next((valkey.home / "appendonlydir").glob("*.incr.aof"))
+    if lost != "order":
+        await shop.confirm()
+        await shop.relay()
+    size = log.stat().st_size
+    number = (await shop.orders() or [{"order_no": ""}])[0]["order_no"]
+    match lost:
+        case "order":
+            size = log.read_bytes().rindex(b"XADD") - 20  # of the second claim
+            await shop.confirm()
+        case "release":
+            async with shop.engine.begin() as conn:
+                await orders.cancel(conn, number, "operator")
+        case "status":
+            async with shop.engine.begin() as conn:
+                await orders.bump(conn, number)
+        case "top-up":
+            async with shop.engine.begin() as conn:
+                await sales.add_units(conn, SALE, "A", 5)
+                await outbox.put(conn, "stock_add", SALE, 1, {"sku": "A", "units": 5, "id": "t1"})
+        case "switch":
+            async with shop.engine.begin() as conn:
+                await outbox.put(conn, "switch", SALE, 1, {"version": 9, "changes": {"paused": "1"}})
+    await shop.relay()
+    assert await shop.sql("SELECT 1 FROM outbox WHERE state = 'due'") == []
+    valkey.kill()
+    os.truncate(log, size)
+    before = shop.link.run_id
+    valkey.start()
+    await until(lambda: _another(shop, before), "the link comes back")
+    assert await shop.reconciler.pulse() == 0, "armed, though it has lost something"
+    assert (await home(shop))[0] == before
+    assert isinstance(await shop.scripts.sale_pulse(sale=SALE, epoch=1, pulse=9), Old)
+
+
+async def _another(shop: Shop, before: str) -> bool:
+    return shop.link.connected and shop.link.run_id != before
 
 
 async def test_a_promoted_replica_stays_closed(

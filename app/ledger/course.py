@@ -22,6 +22,14 @@ class Home(NamedTuple):
     pulse: int
 
 
+class Told(NamedTuple):
+    """What Redis has been told of an epoch: tickets (sku, seq, version), top-ups (sku, id), the newest switch."""
+
+    tickets: list[tuple[str, int, int]]
+    added: list[tuple[str, str]]
+    version: int
+
+
 class Counts(NamedTuple):
     """One item by Postgres, at one moment."""
 
@@ -160,6 +168,38 @@ async def move_home(conn: AsyncConnection, sale: str, epoch: int, home: str) -> 
         text("UPDATE sale SET home = :home WHERE id = :sale AND epoch = :epoch"),
         {"sale": sale, "epoch": epoch, "home": home},
     )
+
+
+async def told(conn: AsyncConnection, sale: str, epoch: int) -> Told:
+    """What Redis certainly was told of this epoch, all of one moment: nothing of it may be missing there.
+
+    An order with an outbox row that is due is left out: Redis may or may not know its newest version."""
+    found = await conn.execute(
+        text(
+            "SELECT sku, seq, version FROM purchase_order AS o WHERE sale = :sale AND epoch = :epoch"
+            " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.order_no = o.order_no AND outbox.state = 'due')"
+            " UNION ALL SELECT sku, seq, 1 FROM refused_claim AS o WHERE sale = :sale AND epoch = :epoch"
+            " AND reason IN ('live_order', 'no_stock')"
+            " AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.order_no = o.order_no AND outbox.state = 'due')"
+        ),
+        {"sale": sale, "epoch": epoch},
+    )
+    tickets = [(row.sku, row.seq, row.version) for row in found]
+    rows = await conn.execute(
+        text(
+            "SELECT kind, payload FROM outbox WHERE sale = :sale AND epoch = :epoch AND state = 'done'"
+            " AND (kind = 'stock_add' OR kind = 'switch' AND payload->>'version' IS NOT NULL)"
+        ),
+        {"sale": sale, "epoch": epoch},
+    )
+    added: list[tuple[str, str]] = []
+    version = 0
+    for row in rows:
+        if row.kind == "stock_add":
+            added.append((row.payload["sku"], str(row.payload["id"])))
+        else:
+            version = max(version, int(row.payload["version"]))
+    return Told(tickets, added, version)
 
 
 async def counts(conn: AsyncConnection, sale: str) -> list[Counts]:

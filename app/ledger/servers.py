@@ -120,6 +120,7 @@ class Servers:
         session: Session = await asyncpg.connect(
             host=host, port=port, timeout=self._within_s, **self._options
         )
+        names = ""
         try:
             async with asyncio.timeout(self._within_s):
                 names = str(await session.fetchval("SHOW synchronous_standby_names"))
@@ -128,6 +129,8 @@ class Servers:
             session.standbys = names
         except TimeoutError:
             session.terminate()
+            if not names:
+                raise  # the server itself did not say a word
             raise StandbyAway(names) from None
         except BaseException:
             session.terminate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,7 +15,7 @@ from app.errors import CannotStart
 from app.ledger import engine as engines
 from app.ledger import migrate
 from app.ledger.engine import driver_url
-from app.ledger.servers import NEXT_AFTER_S
+from app.ledger.servers import NEXT_AFTER_S, Session
 from app.settings import Settings
 
 
@@ -69,3 +70,16 @@ def test_several_servers_are_read_in_full() -> None:
 def test_an_address_that_is_none_is_one_clear_sentence() -> None:
     with pytest.raises(CannotStart, match="FAIRDROP_DATABASE_URL must look like"):
         driver_url("postgresql://a:b@h1:x:y/shop")
+
+
+async def test_a_server_that_falls_silent_behind_its_greeting_is_a_timeout(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut network: whoever asks tries again later; nothing is said about a standby that nobody knows of."""
+
+    async def silent(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(Session, "fetchval", silent)
+    with pytest.raises(TimeoutError):
+        await one(database_url)
