@@ -9,7 +9,7 @@ of their holder: redact them in logs.
 from __future__ import annotations
 
 import struct
-from binascii import a2b_base64, b2a_base64
+from binascii import a2b_base64, b2a_base64, hexlify
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from hmac import compare_digest
@@ -27,7 +27,7 @@ TEXT_MAX = 256  # characters; the longest pass has 204
 CURSOR_MAX = 1_024  # characters
 
 
-class Ticket(NamedTuple):
+class Ticket(msgspec.Struct, frozen=True, gc=False):
     """A place in a sale. item: position of the sku in the sale's `items`. The same ticket gives the same text."""
 
     sale: str
@@ -47,9 +47,9 @@ class Pass(NamedTuple):
     flags: int = 0
 
 
-def ticket_id(ticket: Ticket) -> str:
+def ticket_id(ticket: Ticket) -> bytes:
     """The public name of a ticket: found again in /draw/entries, tells nothing about the buyer."""
-    return f"{ticket.seq}-{ticket.ticket_hash.hex()}"
+    return b"%d-%b" % (ticket.seq, hexlify(ticket.ticket_hash))
 
 
 _TICKET = struct.Struct(">BBIHQH10s")  # format, key id, epoch, item, seq, units, ticket hash; then the sale

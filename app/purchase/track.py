@@ -10,7 +10,7 @@ import asyncio
 import math
 import random
 import time
-from binascii import b2a_hex
+from binascii import hexlify
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -121,7 +121,7 @@ class Seen(NamedTuple):
         return _state_of(self.status.order) if self.status and self.status.order != b"null" else _State()
 
 
-class Told(NamedTuple):
+class Told(msgspec.Struct, frozen=True, gc=False):
     """An answer about a ticket: the document; what must be the same for nothing to have changed; when to ask again."""
 
     body: bytes
@@ -170,7 +170,7 @@ class Tracker:
             raise refuse("no_such_ticket")
         item = view.order[ticket.item]
         if ticket.epoch < view.epoch and item.goes_on(ticket.epoch, ticket.seq):
-            ticket = ticket._replace(epoch=view.epoch)
+            ticket = msgspec.structs.replace(ticket, epoch=view.epoch)
         return ticket, view, item
 
     def owns(self, ticket: Ticket, item: ItemView, buyer_id: bytes) -> bool:
@@ -240,7 +240,7 @@ class Tracker:
                     poll_ms = self._jittered(p50 * 1000 // ETA_PARTS)
         body = _DOC % (
             token.encode("ascii"),
-            ticket_id(ticket).encode(),
+            ticket_id(ticket),
             item.head,
             ticket.units,
             b"waiting",
@@ -273,8 +273,11 @@ class Tracker:
 
     def _spread(self, wait_ms: int) -> tuple[float, float]:
         """The least time to wait, and how much of chance comes on top."""
-        bounded = min(self._poll_max_ms, max(self._poll_min_ms, wait_ms))
-        return 0.85 * bounded, 0.3 * bounded
+        if wait_ms < self._poll_min_ms:
+            wait_ms = self._poll_min_ms
+        if wait_ms > self._poll_max_ms:
+            wait_ms = self._poll_max_ms
+        return 0.85 * wait_ms, 0.3 * wait_ms
 
     def _jittered(self, wait_ms: int) -> int:
         least, span = self._spread(wait_ms)
@@ -292,7 +295,7 @@ class Tracker:
     ) -> Told:
         body = _DOC % (
             token.encode("ascii"),
-            ticket_id(ticket).encode(),
+            ticket_id(ticket),
             item.head,
             ticket.units,
             _WORDS[byte],
@@ -456,7 +459,7 @@ class Tracker:
             order = payment = text = b"null"
         body = _DOC % (
             token.encode("ascii"),
-            ticket_id(ticket).encode(),
+            ticket_id(ticket),
             item.head,
             ticket.units,
             _WORDS[byte],
@@ -505,7 +508,7 @@ class Tracker:
             rank = rank_of(seq)
             rank_told = b"null" if rank is None else b"%d" % rank
             poll_ms = int(least + span * random_part())
-            return form % (token, seq, b2a_hex(ticket_hash), units, seq, rank_told, poll_ms)
+            return form % (token, seq, hexlify(ticket_hash), units, seq, rank_told, poll_ms)
 
         return fill
 
