@@ -90,6 +90,8 @@ class Cluster(Link):
     of an answer, and only if no node answered is it raised.
     """
 
+    spread = True
+
     def __init__(
         self, url: str, *, deadline_s: float = 2.0, name: str = "fairdrop", calls_max: int = CALLS_MAX
     ) -> None:

@@ -218,6 +218,8 @@ class Link:
     Unknown (sent and no answer, or a script failed midway: repeat only what is idempotent).
     """
 
+    spread = False  # keys are on several servers: no command may name keys of two sales
+
     def __init__(
         self, url: str, *, deadline_s: float = 2.0, name: str = "fairdrop", calls_max: int = CALLS_MAX
     ) -> None:

@@ -335,7 +335,9 @@ class Reconciler:
         async with self.engine.begin() as conn:
             await course.move_home(conn, home.sale, home.epoch, run_id)
         _log.warning(
-            "Redis restarted from its own log: the sale is open again", sale=home.sale, run_id=run_id
+            "another run_id with all writes (restarted from its log, or the slot moved): the sale is open again",
+            sale=home.sale,
+            run_id=run_id,
         )
         return True
 

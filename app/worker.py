@@ -55,6 +55,9 @@ from app.telemetry import Metrics
 
 BACKOFF_S = 0.1  # after the first failure of a loop; doubles
 BACKOFF_MAX_S = 2.0  # a store that is back is found within this
+CLUSTER_READ_EVERY_S = (
+    0.02  # between two looks at the streams of sales on a cluster: what a claim waits for at most
+)
 ASKS_MAX = 200  # asks of one sale that one look takes
 EVENTS_EVERY_S = 0.2  # between two numbering steps: how stale the shop's feed may be
 EVENTS_MAX = 2_000
@@ -149,8 +152,8 @@ async def _rest(until: asyncio.Event, seconds: float) -> None:
 class Streams:
     """Reads one kind of stream of every watched sale as a consumer of the group, on a link of its own if it blocks.
 
-    In a cluster each node is read for itself. A read that still blocks when another node had something goes on, and
-    what it brings comes with the next `read`: entries that Redis has handed out are never let go.
+    In a cluster two sales' streams may not be named in one command: each is read for itself, all in one pipeline, and
+    instead of blocking it is looked again every CLUSTER_READ_EVERY_S.
     """
 
     def __init__(self, link: Link, consumer: str, key: Callable[[str], str]) -> None:
@@ -158,63 +161,18 @@ class Streams:
         self.consumer = consumer
         self.key = key
         self._missing: set[str] = set()
-        self._reading: dict[Link, asyncio.Task[dict[str, list[Entry]]]] = {}  # by node of a cluster
 
     async def read(self, sales: Sequence[str], count: int, *, block_ms: int = 0) -> dict[str, list[Entry]]:
         """Entries that no consumer has had yet: sale → entries. Waits up to block_ms for the first."""
-        nodes: dict[Link, list[str]] = {}
-        for sale in sales:
-            if sale not in self._missing:
-                nodes.setdefault(self.link.at(self.key(sale)), []).append(sale)
-        if len(nodes) <= 1 and not self._reading:
-            for node, its in nodes.items():
-                return await self._read(node, its, count, block_ms)
+        sales = [sale for sale in sales if sale not in self._missing]
+        if not sales:
             return {}
-        fresh: set[asyncio.Task[dict[str, list[Entry]]]] = set()
-        for node, its in nodes.items():
-            if node.connected and node not in self._reading:
-                task = asyncio.create_task(
-                    self._read(node, its, count, block_ms), name="read a node's streams"
-                )
-                self._reading[node] = task
-                fresh.add(task)
-        if not self._reading:
-            raise DidNotHappen("no node that has a sale is connected")
-        if block_ms:
-            await asyncio.wait(self._reading.values(), return_when=asyncio.FIRST_COMPLETED)
-        elif fresh:
-            await asyncio.wait(fresh)
-        return self._brought()
-
-    def _brought(self) -> dict[str, list[Entry]]:
-        """What the reads that are over have found. Raises one of the failures if they found nothing."""
-        found: dict[str, list[Entry]] = {}
-        failure: BaseException | None = None
-        for node, task in [(node, task) for node, task in self._reading.items() if task.done()]:
-            del self._reading[node]
-            if (error := task.exception()) is not None:
-                failure = error
-            else:
-                found |= task.result()
-        if failure is not None and not found:
-            raise failure
-        return found
-
-    async def rest(self) -> dict[str, list[Entry]]:
-        """What reads that still block bring until they end."""
-        if self._reading:
-            await asyncio.wait(self._reading.values())
-            with contextlib.suppress(DidNotHappen, Unknown):
-                return self._brought()
-        return {}
-
-    async def _read(
-        self, node: Link, sales: Sequence[str], count: int, block_ms: int
-    ) -> dict[str, list[Entry]]:
+        if self.link.spread:
+            return await self._read_each(sales, count, block_ms)
         names = [self.key(sale) for sale in sales]
         block = ("BLOCK", block_ms) if block_ms else ()
         try:
-            found = await node.call(
+            found = await self.link.call(
                 "XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, *block,
                 "STREAMS", *names, *[">"] * len(names),
                 deadline_s=self.link.deadline_s + block_ms / 1000,
@@ -226,6 +184,41 @@ class Streams:
             raise
         by_name = dict(zip(names, sales, strict=True))
         return {by_name[name.decode()]: entries for name, entries in found or ()}
+
+    async def _read_each(self, sales: Sequence[str], count: int, block_ms: int) -> dict[str, list[Entry]]:
+        """Each sale's stream for itself. Those whose node is away are passed over, unless no node answers."""
+        until = time.monotonic() + block_ms / 1000
+        while True:
+            answers = await self.link.pipeline(
+                [
+                    (
+                        "XREADGROUP",
+                        "GROUP",
+                        GROUP,
+                        self.consumer,
+                        "COUNT",
+                        count,
+                        "STREAMS",
+                        self.key(sale),
+                        ">",
+                    )
+                    for sale in sales
+                ]
+            )
+            found: dict[str, list[Entry]] = {}
+            failed: list[Exception] = []
+            for sale, answer in zip(sales, answers, strict=True):
+                if isinstance(answer, Exception):
+                    failed.append(answer)
+                    if str(answer).startswith("NOGROUP"):
+                        await self._find_missing([sale])
+                elif answer:
+                    found[sale] = answer[0][1]
+            if len(failed) == len(sales):
+                raise failed[0]
+            if found or time.monotonic() >= until:
+                return found
+            await asyncio.sleep(CLUSTER_READ_EVERY_S)
 
     async def _find_missing(self, sales: Sequence[str]) -> None:
         """A stream without its group must not stop the others. It is made with the sale, so somebody removed it."""
@@ -362,8 +355,6 @@ class ConfirmLoop:
 
     async def finish(self) -> None:
         """Wait for what is under way; what fails now stays pending, for another worker."""
-        for sale, entries in (await self.streams.rest()).items():
-            self._start(Batch(sale, entries))
         if self.working:
             await asyncio.wait(self.working)
 
