@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.ledger import events, outbox
 from app.ledger.engine import driver
+from app.ledger.orders import asked
 
 _ATTEMPT = ("id", "order_no", "attempt_no", "provider", "channel", "state", "amount_minor", "currency")
 _SMS = ("id", "order_no", "sale", "template", "state", "expires_at")
@@ -276,7 +277,7 @@ async def ticket_has_order(conn: AsyncConnection, sale: str, sku: str, epoch: in
 async def refused(conn: AsyncConnection, order_nos: Sequence[str]) -> dict[str, str]:
     """Those of these claims that were refused before: order_no → reason."""
     found = await conn.execute(
-        text("SELECT order_no, reason FROM refused_claim WHERE order_no = ANY(CAST(:numbers AS text[]))"),
+        text(f"SELECT order_no, reason FROM refused_claim JOIN {asked('numbers')} USING (order_no)"),
         {"numbers": list(order_nos)},
     )
     return {row.order_no: row.reason for row in found}

@@ -121,10 +121,17 @@ async def lock(conn: AsyncConnection, number: str) -> Row | None:
     return None if row is None else dict(row)
 
 
+def asked(parameter: str, column: str = "order_no") -> str:
+    """Many values to JOIN … USING. `= ANY` of a thousand is a thousand comparisons a row wherever Postgres prefers to
+    read the whole table (one that was empty a moment ago): 60 ms for a batch among 10,000 orders, and worse with more.
+    """
+    return f"(SELECT DISTINCT unnest(CAST(:{parameter} AS text[])) AS {column}) AS asked"
+
+
 async def many(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, Row]:
     """Those of these orders that exist, by number."""
     found = await conn.execute(
-        text(f"SELECT {COLUMNS} FROM purchase_order WHERE order_no = ANY(CAST(:numbers AS text[]))"),
+        text(f"SELECT {COLUMNS} FROM purchase_order JOIN {asked('numbers')} USING (order_no)"),
         {"numbers": list(numbers)},
     )
     return {row["order_no"]: dict(row) for row in found.mappings()}
@@ -139,11 +146,11 @@ async def lines(conn: AsyncConnection, numbers: Sequence[str]) -> dict[str, list
     found = await conn.execute(
         text(
             "SELECT order_no, line_no, kind, sku, title, units, unit_minor, amount_minor FROM order_line"
-            " WHERE order_no = ANY(CAST(:numbers AS text[]))"
+            f" JOIN {asked('numbers')} USING (order_no)"
             " UNION ALL"
             " SELECT o.order_no, 1, 'item', o.sku, i.title, o.units, i.price_minor, o.units * i.price_minor"
-            " FROM purchase_order o JOIN item i ON i.sale = o.sale AND i.sku = o.sku"
-            " WHERE o.order_no = ANY(CAST(:numbers AS text[])) AND NOT EXISTS"
+            f" FROM purchase_order o JOIN {asked('numbers')} USING (order_no)"
+            " JOIN item i ON i.sale = o.sale AND i.sku = o.sku WHERE NOT EXISTS"
             " (SELECT FROM order_line l WHERE l.order_no = o.order_no AND l.line_no = 1)"
             " ORDER BY order_no, line_no"
         ),
@@ -159,8 +166,8 @@ async def live_of_buyers(conn: AsyncConnection, sale: str, buyers: Sequence[str]
     """buyer_id → order_no of the live order, for those who have one in this sale."""
     found = await conn.execute(
         text(
-            "SELECT buyer_id, order_no FROM purchase_order WHERE sale = :sale"
-            " AND buyer_id = ANY(CAST(:buyers AS text[])) AND state IN ('reserved', 'paid')"
+            f"SELECT buyer_id, order_no FROM purchase_order JOIN {asked('buyers', 'buyer_id')} USING (buyer_id)"
+            " WHERE sale = :sale AND state IN ('reserved', 'paid')"
         ),
         {"sale": sale, "buyers": list(buyers)},
     )
@@ -171,8 +178,9 @@ async def contacts_of_ended(conn: AsyncConnection, sale: str, buyers: Sequence[s
     """buyer_id → sealed contact of an ended order of this sale: what a buyer who comes back has told us before."""
     found = await conn.execute(
         text(
-            "SELECT DISTINCT ON (buyer_id) buyer_id, contact FROM purchase_order WHERE sale = :sale"
-            " AND buyer_id = ANY(CAST(:buyers AS text[])) AND state IN ('expired', 'cancelled', 'refunded')"
+            "SELECT DISTINCT ON (buyer_id) buyer_id, contact FROM purchase_order"
+            f" JOIN {asked('buyers', 'buyer_id')} USING (buyer_id)"
+            " WHERE sale = :sale AND state IN ('expired', 'cancelled', 'refunded')"
             " AND contact IS NOT NULL ORDER BY buyer_id, reserved_at DESC"
         ),
         {"sale": sale, "buyers": list(buyers)},

@@ -27,7 +27,7 @@ async def newest_attempts(conn: AsyncConnection, order_nos: Sequence[str]) -> di
     found = await conn.execute(
         text(
             f"SELECT DISTINCT ON (order_no) {ATTEMPT_COLUMNS} FROM payment_attempt"
-            " WHERE order_no = ANY(CAST(:order_nos AS text[])) ORDER BY order_no, attempt_no DESC"
+            f" JOIN {orders.asked('order_nos')} USING (order_no) ORDER BY order_no, attempt_no DESC"
         ),
         {"order_nos": list(order_nos)},
     )

@@ -306,16 +306,24 @@ class Confirmer:
         """Claims that have had their outcome: the row as it is now, or the refusal."""
         rows = await orders.many(conn, numbers)
         told: dict[str, Told] = {}
-        if rows:
-            lines = await orders.lines(conn, list(rows))
-            attempts = await payments.newest_attempts(conn, list(rows))
-            for number, row in rows.items():
-                if row["state"] in ("reserved", "paid", "refunding"):
-                    status = status_json(row, lines.get(number, []), attempts.get(number))
-                    before, _, behind = status.partition(number.encode())
-                    told[number] = Told("again", orders.byte_of(row), row["version"], before, behind)
-                else:
-                    told[number] = Told("again")  # the release in the outbox tells the rest
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        attempts = await payments.newest_attempts(conn, list(rows)) if rows else {}
+        for number, row in rows.items():
+            attempt = attempts.get(number)
+            if row["state"] not in ("reserved", "paid", "refunding"):
+                told[number] = Told("again")  # the release in the outbox tells the rest
+            elif row["version"] == 1 and (attempt is None or attempt["state"] == "created"):
+                # As confirm wrote it: whatever came later has another version.
+                of_sale = row["epoch"], row["sku"], row["units"], row["amount_minor"], row["currency"]
+                alike.setdefault((*of_sale, attempt and attempt["channel"]), []).append(number)
+            else:
+                alike[number,] = [number]
+        lines = await orders.lines(conn, [first for first, *_ in alike.values()]) if alike else {}
+        for same in alike.values():
+            row = rows[same[0]]
+            status = status_json(row, lines.get(same[0], []), attempts.get(same[0]))
+            before, _, behind = status.partition(same[0].encode())
+            told |= dict.fromkeys(same, Told("again", orders.byte_of(row), row["version"], before, behind))
         for number in await confirming.refused(conn, numbers):
             told[number] = Told("again")  # so does its own outbox row
         return told

@@ -181,20 +181,20 @@ class Bench:
         return await self._confirm(work, self.settings.confirm_in_flight_max)
 
     async def again(self, batches: int, size: int) -> float:
-        """Each batch holds REDELIVERED per cent of entries that were confirmed before."""
+        """Batches taken over from a worker that died, REDELIVERED per cent of each confirmed before that."""
         old = size * REDELIVERED // 100
         before = [await self.claims(old) for _ in range(batches)]
         for batch in before:
             await self.confirmer.confirm(SALE, batch)
         work = [repeated + await self.claims(size - old) for repeated in before]
-        return await self._confirm(work, self.settings.confirm_in_flight_max)
+        return await self._confirm(work, self.settings.confirm_in_flight_max, careful=True)
 
-    async def _confirm(self, work: list[list[Entry]], at_once: int) -> float:
+    async def _confirm(self, work: list[list[Entry]], at_once: int, *, careful: bool = False) -> float:
         batches = iter(work)
 
         async def confirm() -> None:
             for batch in batches:
-                await self.confirmer.confirm(SALE, batch)
+                await self.confirmer.confirm(SALE, batch, careful=careful)
 
         self.begin()
         await asyncio.gather(*(confirm() for _ in range(at_once)))
