@@ -98,6 +98,10 @@ DIR ?= .campaign
 campaign: $(MADE_DEV) ## the long form of chaos, about an hour; goes on where it was stopped: DIR=.campaign, ARGS=--summary
 	$(BIN)/python -m tests.chaos.chaos --campaign $(DIR) $(ARGS)
 
+.PHONY: ha
+ha: $(MADE_DEV) ## let replicas of Redis (Sentinel) and Postgres take over in the middle of sales: SEED=1 RUNS=3
+	$(BIN)/python -m tests.ha.failover --seed $(SEED) --runs $(RUNS) $(ARGS)
+
 .PHONY: format
 format: $(MADE_DEV) ## let ruff put the code in form
 	$(BIN)/ruff check --fix .

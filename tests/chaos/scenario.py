@@ -122,6 +122,9 @@ class Plan:
     dresses: Mapping[str, str] = field(default_factory=dict)  # process -> what else it gets after its fork
     small_disk_mb: int = 0  # Redis has a disk of its own, so small
     valkey: Mapping[str, str] = field(default_factory=dict)  # settings of the planted run only
+    redis: Callable[[Path], Any] | None = (
+        None  # makes what holds Redis instead of one Valkey: url, start, kill
+    )
     heals: bool = (
         True  # False: no repair exists for this fault, so only `caught_by` must stay silent without the bug
     )
@@ -197,11 +200,15 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
         stack.callback(stores.drop_database, database_url)
         if plan.small_disk_mb:
             stack.enter_context(small_disk(folder / "valkey", plan.small_disk_mb))
-        valkey = Valkey(
-            folder / "valkey",
-            secrets.token_urlsafe(12),
-            server=find_valkey(),
-            settings=plan.valkey if planted else {},
+        valkey = (
+            plan.redis(folder / "valkey")
+            if plan.redis is not None
+            else Valkey(
+                folder / "valkey",
+                secrets.token_urlsafe(12),
+                server=find_valkey(),
+                settings=plan.valkey if planted else {},
+            )
         )
         stack.callback(valkey.kill)
         valkey.start()

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.chaos.conftest import zygote
 from tests.conftest import Stores
 from tests.ha.postgres_pair import Pair
-from tests.ha.redis_watched import Watched
 
 __all__ = ["zygote"]
-
-
-@pytest.fixture
-def watched(stores: Stores) -> Iterator[Watched]:
-    watched = Watched(stores.home / "watched")
-    try:
-        watched.start()
-        yield watched
-    finally:
-        watched.close()
 
 
 @pytest.fixture

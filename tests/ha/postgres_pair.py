@@ -63,6 +63,10 @@ class Pair:
             "SELECT pg_reload_conf()",
         )
 
+    @property
+    def postgres(self) -> Postgres:
+        return self.primary
+
     def url_of(self, database: str) -> str:
         one = self.primary
         places = ",".join(f"127.0.0.1:{server.port}" for server in (one, self.standby))

@@ -86,11 +86,25 @@ class Watched:
             one.start()
         self.until_in_step()
 
-    def close(self) -> None:
-        """End them all; nothing in them is needed any more."""
+    def kill(self) -> None:
         for one in (*self.sentinels, *self.servers):
             one.kill()
+
+    def close(self) -> None:
+        """End them all; nothing in them is needed any more."""
+        self.kill()
         shutil.rmtree(self.home)
+
+    def role_of(self, server: Valkey) -> str:
+        """`master` or `slave`, by what the server says of itself; empty: it says nothing now."""
+        with contextlib.closing(self.client(server)) as client, contextlib.suppress(redis_sync.RedisError):
+            return str(client.info("replication")["role"])
+        return ""
+
+    def ask_for_failover(self) -> None:
+        """As an operator does before maintenance: the primary lives, and a replica takes over."""
+        with contextlib.closing(self.client(self.sentinels[0])) as client:
+            client.execute_command("SENTINEL", "FAILOVER", SERVICE)
 
     def client(self, server: Valkey) -> redis_sync.Redis:
         return redis_sync.Redis(port=server.port, password=server.password, decode_responses=True)
