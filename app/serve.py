@@ -250,24 +250,18 @@ async def serve_uvicorn(
         raise server.lifespan.failure
 
 
-async def serve_granian(app: Application, settings: Settings, host: str, port: int, drain_s: float) -> None:
-    """The same on granian, which binds the port itself (SO_REUSEPORT on Linux) and answers HTTP in Rust threads."""
+def granian_server(app: Application, settings: Settings, host: str, port: int) -> Any:
+    """granian's server, embedded in this loop: by its own interface if the application has it (app.rsgi)."""
     from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
     from granian.server.embed import Server
 
-    config = uvicorn.Config(app, interface="asgi3", log_config=None, access_log=False)
-    config.load()
-    lifespan = Lifespan(config)
-    await lifespan.startup()
-    if lifespan.failure is not None:
-        raise lifespan.failure
-    keep_what_has_started()
-    server = Server(
+    return Server(
         app,
         address=host,
         port=port,
-        interface=Interfaces.ASGINL,  # our own Lifespan has run already
+        # our own Lifespan has run already
+        interface=Interfaces.RSGI if hasattr(app, "__rsgi__") else Interfaces.ASGINL,
         http=HTTPModes.http1,
         websockets=False,
         backlog=settings.listen_backlog,
@@ -278,6 +272,18 @@ async def serve_granian(app: Application, settings: Settings, host: str, port: i
             max_buffer_size=max(8192, settings.head_max_bytes),
         ),
     )
+
+
+async def serve_granian(app: Application, settings: Settings, host: str, port: int, drain_s: float) -> None:
+    """The same on granian, which binds the port itself (SO_REUSEPORT on Linux) and answers HTTP in Rust threads."""
+    config = uvicorn.Config(app, interface="asgi3", log_config=None, access_log=False)
+    config.load()
+    lifespan = Lifespan(config)
+    await lifespan.startup()
+    if lifespan.failure is not None:
+        raise lifespan.failure
+    keep_what_has_started()
+    server = granian_server(app, settings, host, port)
     loop = asyncio.get_running_loop()
     stop: Callable[[], None] = server.stop
     draining = False

@@ -2,7 +2,8 @@
 
 Hot: join, poll, board, sale, time, and every CORS preflight. Each has a typed twin in app/door/ that calls the same
 method of `Door`; a test holds both to the same answers. uvicorn brings hot requests by the express lane (app/wire.py),
-any other server by ASGI: the same table, the same answers.
+granian by its own interface (app/rsgi.py), any other server by ASGI: the same
+table, the same answers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from app import rsgi
 from app.errors import FairdropError, Refusal
 from app.overload import retry_after_s
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
@@ -270,17 +272,22 @@ class HotRoutes:
             await self._fall_through(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        answer = await self._answer(hot, headers, self._body(headers, receive) if method == "POST" else None)
+        if answer is not None:
+            await self._send(send, headers, answer)
+
+    async def _answer(
+        self, hot: Hot, headers: dict[bytes, bytes], body: Awaitable[bytes | None] | None
+    ) -> Answer | None:
+        """The answer, whatever it is; None if the client has gone before its body was here."""
         try:
-            body = await self._body(headers, receive) if method == "POST" else b""
-            if body is None:
-                return
-            answer = await settled(partial(hot, headers, body))
+            raw = b"" if body is None else await body
+            return None if raw is None else await settled(partial(hot, headers, raw))
         except Exception as error:  # noqa: BLE001 - told and logged by _told
             refusal = self._told(error)
             request_id = request_id_of(headers)
             headers[b"x-request-id"] = request_id
-            answer = _problem(refusal, request_id)
-        await self._send(send, headers, answer)
+            return _problem(refusal, request_id)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body of a request; None if the client has gone. Refusal 413 `too_large`."""
@@ -310,6 +317,45 @@ class HotRoutes:
             sent += self._origins.headers(headers.get(b"origin"))
         await send({"type": "http.response.start", "status": head.status, "headers": sent})
         await send({"type": "http.response.body", "body": body})
+
+    # --- granian's own interface (app.rsgi) --------------------------------------------------------------------------
+
+    async def __rsgi__(self, scope: rsgi.Scope, exchange: rsgi.Exchange) -> None:
+        hot = self.hot(scope.method.encode(), scope.path.encode("latin-1", "replace"))
+        if hot is None:
+            await rsgi.as_asgi(self, scope, exchange)
+            return
+        headers = rsgi.headers_of(scope)
+        answer = await self._answer(
+            hot, headers, self._whole_body(headers, exchange) if scope.method == "POST" else None
+        )
+        assert answer is not None
+        head = answer.head
+        request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
+        texts = [*head.texts, ("x-request-id", request_id.decode("ascii"))]
+        if self._cors:
+            cors = self._origins.headers(headers.get(b"origin"))
+            texts += [(name.decode("latin-1"), value.decode("latin-1")) for name, value in cors]
+        if head.status == 304:
+            exchange.response_empty(304, texts)
+        else:
+            exchange.response_bytes(head.status, texts, answer.body)
+
+    async def _whole_body(self, headers: Headers, exchange: rsgi.Exchange) -> bytes:
+        """The body of a request. Refusal 413 `too_large`, read no further than that."""
+        limit = self._body_max
+        declared = headers.get(b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) <= limit:
+            return await exchange()
+        raw = b""
+        if declared is None:
+            async for piece in exchange:
+                raw += piece
+                if len(raw) > limit:
+                    break
+            else:
+                return raw
+        raise refuse("too_large", f"The body is larger than {limit} bytes.")
 
     async def _preflight(self, send: Send, headers: Headers) -> None:
         sent = self._origins.preflight(headers[b"origin"])

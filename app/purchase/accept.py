@@ -61,18 +61,22 @@ _SECOND = (b"cache-control", b"public, max-age=1")
 class Head(msgspec.Struct, frozen=True, eq=False):
     """Status and headers of a response, but for content-length, request id and CORS.
 
-    lines: the same as they go over the wire, without the empty line.
+    lines: the same as they go over the wire, without the empty line. texts: the headers as granian wants them.
     """
 
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
     lines: bytes
+    texts: list[tuple[str, str]]
 
 
 @lru_cache(HEADS_MAX)
 def head_of(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> Head:
     first = b"HTTP/1.1 %d %b\r\n" % (status, HTTPStatus(status).phrase.encode())
-    return Head(status, headers, first + b"".join([b"%b: %b\r\n" % header for header in headers]))
+    lines = first + b"".join([b"%b: %b\r\n" % header for header in headers])
+    return Head(
+        status, headers, lines, [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    )
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):

@@ -1,0 +1,119 @@
+"""On granian, by its own interface: every route has the answer that it has on uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from app.embedded import free_port
+from app.serve import granian_server
+from tests.front.conftest import ORIGIN, Front, Shop, settings_for, until
+from tests.front.test_express import BODY, CASES, ME, TICKETS, told
+
+Seen = Callable[..., Awaitable[Any]]
+
+COLD: dict[str, dict[str, Any]] = {
+    "a typed route": {"method": "GET", "url": "/v1/sales/x/ticket", "headers": ME},
+    "nobody there": {"method": "GET", "url": "/v1/nothing"},
+    "another method": {"method": "PUT", "url": "/v1/sales/x"},
+    "a head alone": {"method": "HEAD", "url": "/v1/sales/x/board"},
+    "a page of another origin": {
+        "method": "OPTIONS",
+        "url": TICKETS,
+        "headers": {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"},
+    },
+    "hot, of another origin": {"method": "GET", "url": "/v1/sales/x/board", "headers": {"Origin": ORIGIN}},
+    "a body for a typed route": {
+        "method": "POST", "url": "/v1/tickets/TICKET/pay", "json": {"channel": "no such"}, "headers": ME
+    },
+    "a body that is too large for it": {
+        "method": "POST", "url": "/v1/tickets/TICKET/pay", "content": b"x" * 20_000, "headers": ME
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+async def granian(front: Front, redis_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the same application, served by granian as well."""
+    port = free_port()
+    server = granian_server(front.app, settings_for(redis_url), "127.0.0.1", port)
+    serving = asyncio.create_task(server.serve())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as http:
+
+        async def answers() -> bool:
+            try:
+                return (await http.get("/healthz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await until(answers)
+        yield http
+    server.stop()
+    await serving
+
+
+async def test_granian_and_uvicorn_say_the_same(
+    front: Front, shop: Shop, seen: Seen, granian: httpx.AsyncClient
+) -> None:
+    await shop.publish("x", units=5)
+    await seen()
+    joined = await front.join("x", "b1")
+    assert joined.status_code == 202
+    for case, asked in {**CASES, **COLD}.items():
+        asked = {**asked, "url": asked["url"].replace("TICKET", joined.json()["ticket"])}
+        by_uvicorn, by_granian = told(await front.http.request(**asked)), told(await granian.request(**asked))
+        by_granian[1].pop("server")
+        if by_uvicorn[0] == 304 or not by_uvicorn[-1]:  # whether a length of nothing is told is the server's
+            by_uvicorn, by_granian = (*by_uvicorn[:3], b""), (*by_granian[:3], b"")
+        assert by_granian == by_uvicorn, case
+
+
+async def test_a_join_by_granian_may_come_in_pieces(
+    shop: Shop, seen: Seen, granian: httpx.AsyncClient
+) -> None:
+    await shop.publish("x", units=5)
+    await seen()
+
+    async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    headers = {**ME, "Content-Type": "application/json"}
+    body = pieces(b'{"sku":"A",', b'"units":1}')
+    assert (await granian.post(TICKETS, content=body, headers=headers)).status_code == 202
+    large = await granian.post(TICKETS, content=pieces(*[b" " * 9_000] * 4), headers=headers)
+    assert (large.status_code, large.json()["code"]) == (413, "too_large")
+    assert (await granian.post(TICKETS, json=BODY, headers=ME)).status_code == 200
+
+
+async def test_an_event_stream_by_granian_ends_with_its_client(
+    front: Front, shop: Shop, seen: Seen, granian: httpx.AsyncClient
+) -> None:
+    await shop.publish("x", opens_in_s=60)
+    await seen()
+    ticket = (await granian.post(TICKETS, json=BODY, headers=ME)).json()["ticket"]
+    await seen()
+    async with granian.stream("GET", f"/v1/tickets/{ticket}/events", headers=ME) as stream:
+        assert stream.status_code == 200
+        lines = stream.aiter_lines()
+        while "waiting" not in await anext(lines):
+            pass
+        assert front.app.door.streams.open == 1
+    await until(lambda: front.app.door.streams.open == 0)
+
+
+async def test_a_client_of_granian_that_leaves_before_its_answer_harms_nobody(
+    front: Front, shop: Shop, seen: Seen, granian: httpx.AsyncClient, redis: Any
+) -> None:
+    await shop.publish("x", units=5)
+    await seen()
+    await redis.execute_command("CLIENT", "PAUSE", 300, "WRITE")
+    leaving = asyncio.create_task(granian.post(TICKETS, json=BODY, headers={"X-Buyer-Id": "gone"}))
+    await until(lambda: front.app.door.claims.batches)
+    leaving.cancel()
+    assert (await granian.post(TICKETS, json=BODY, headers=ME)).status_code == 202
+    assert (await granian.get("/healthz")).status_code == 200
