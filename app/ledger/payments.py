@@ -447,7 +447,7 @@ async def _change(conn: AsyncConnection, sets: str, held: tuple[str, int], **val
 
 
 async def inbox_add(
-    conn: AsyncConnection, provider: str, event_id: str, kind: str, body: bytes, outcome: str
+    conn: AsyncConnection, provider: str, event_id: str, kind: str, digest: bytes, outcome: str
 ) -> bool:
     """A verified call-back is on record. False: it was before; do nothing again."""
     found = await conn.execute(
@@ -455,7 +455,7 @@ async def inbox_add(
             "INSERT INTO webhook_inbox (provider, event_id, kind, body, outcome)"
             " VALUES (:provider, :event_id, :kind, :body, :outcome) ON CONFLICT (provider, event_id) DO NOTHING"
         ),
-        {"provider": provider, "event_id": event_id, "kind": kind, "body": body, "outcome": outcome},
+        {"provider": provider, "event_id": event_id, "kind": kind, "body": digest, "outcome": outcome},
     )
     return bool(found.rowcount)
 
@@ -536,7 +536,7 @@ async def pay_plainly(
     *,
     provider: str,
     event_id: str,
-    body: bytes,
+    digest: bytes,
     provider_ref: str,
     order_no: str,
     attempt_id: str,
@@ -553,7 +553,7 @@ async def pay_plainly(
     assert raw is not None
     try:
         found: Literal["paid", "duplicate"] | None = await raw.fetchval(
-            _PAY_PLAINLY, provider, event_id, body, provider_ref, attempt_id, order_no, amount_minor, currency,
+            _PAY_PLAINLY, provider, event_id, digest, provider_ref, attempt_id, order_no, amount_minor, currency,
             captured_at, float(orders.SMS_TTL_S),
         )  # fmt: skip
     except (asyncpg.PostgresError, asyncpg.InterfaceError):

@@ -282,7 +282,7 @@ webhook_inbox = sa.Table(
     sa.Column("provider", sa.Text, nullable=False),
     sa.Column("event_id", sa.Text, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("body", BYTEA, nullable=False),
+    sa.Column("body", BYTEA, nullable=False),  # SHA-256 of the raw bytes, which may say who paid
     sa.Column("received_at", At, nullable=False, server_default=NOW),
     sa.Column("outcome", sa.Text),
     sa.UniqueConstraint("provider", "event_id", name="one_row_an_event"),

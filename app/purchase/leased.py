@@ -45,7 +45,7 @@ class Pace:
     """How many rows may be taken now, of a kind that falls due all at once when something works again.
 
     `per_s` at first, for a burst takes the CPU that others on the machine need, and hits a supplier that has just come
-    back. While each look finds as many as it may take, the pace grows by GROWTH a look: 500 in 8 s, 5,000 in 16 s.
+    back. While each look finds as many as it may take, the pace grows by GROWTH a look: 500 in 8 s, 5,000 in 15 s.
     """
 
     GROWTH = 1.03

@@ -326,6 +326,22 @@ async def test_evidence_that_does_not_fit_is_refused_and_changes_nothing(till: M
     assert await till.state(number) == "paid"
 
 
+async def test_what_a_call_back_says_of_a_person_is_not_kept(till: Money) -> None:
+    """Bug: the whole body lay in the inbox; Stripe's has the payer's name, e-mail and number."""
+    paid, declined = await till.reserve("ann"), await till.reserve("bob")
+    person = {"customer_details": {"phone": "+8613812345678", "email": "ann@example.org"}}
+    assert await _send(till, _hook(paid, **person)) == 200
+    assert (
+        await _send(till, _hook(declined, id="evt_2", type="payment.declined", state="declined", **person))
+        == 200
+    )
+    rows = await till.sql(
+        "SELECT convert_from(body, 'LATIN1') AS text, length(body) AS size FROM webhook_inbox"
+    )
+    assert [row["size"] for row in rows] == [32, 32]
+    assert not any("13812345678" in row["text"] or "example.org" in row["text"] for row in rows)
+
+
 async def test_forged_bent_and_foreign_call_backs_are_refused(till: Money) -> None:
     number = await till.reserve("ann")
     raw = msgspec.json.encode(_hook(number))

@@ -156,7 +156,7 @@ async def test_what_is_not_plain_changes_nothing_here(till: Money, name: str) ->
     async with till.engine.connect() as conn:
         conn = await conn.execution_options(isolation_level="AUTOCOMMIT")
         found = await payments.pay_plainly(
-            conn, provider="sandbox", event_id="evt-1", body=b"{}", provider_ref="cap-1", order_no=number,
+            conn, provider="sandbox", event_id="evt-1", digest=b"x" * 32, provider_ref="cap-1", order_no=number,
             attempt_id=f"{number}-1", amount_minor=PRICE, currency="CNY", captured_at=datetime.now(UTC),
         )  # fmt: skip
     assert found is None

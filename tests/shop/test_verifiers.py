@@ -1,4 +1,4 @@
-"""The verifier and the snippets of docs/webhooks.md agree on the same deliveries: real, forged, bent, late."""
+"""The verifier and the snippets of the README agree on the same deliveries: real, forged, bent, late."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ EXPECTED = {one.name: one.ours for one in VECTORS}
 
 
 def snippet(language: str) -> str:
-    """The code that docs/webhooks.md shows."""
-    text = (ROOT / "docs" / "webhooks.md").read_text(encoding="utf-8")
+    """The code that the README shows."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(found) == 1, language
     return str(found[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import assert_never
@@ -57,6 +58,8 @@ async def take_hook(
         return _problem(401, hook.code)
     if b"\\u0000" in msgspec.json.encode(hook):
         return _problem(422, "malformed")  # Postgres' text holds no NUL, and no id of ours has one
+    # Kept is a digest: the whole may say who paid, with number and address, and its supplier can show it again.
+    digest = hashlib.sha256(raw_body).digest()
     try:
         if isinstance(hook, HookPaid):
             async with alone(engine) as conn:
@@ -64,7 +67,7 @@ async def take_hook(
                     conn,
                     provider=name,
                     event_id=hook.event_id,
-                    body=raw_body,
+                    digest=digest,
                     provider_ref=hook.captured.provider_ref,
                     order_no=hook.captured.order_no,
                     attempt_id=hook.captured.attempt_id,
@@ -78,7 +81,7 @@ async def take_hook(
                     SETTLED.labels(plain).inc()
                 return provider.hook_reply(ok=True)
         async with engine.connect() as conn:
-            outcome = await _take(conn, name, hook, raw_body)
+            outcome = await _take(conn, name, hook, digest)
             # What does not fit leaves no trace in the inbox: the supplier may still correct it under the same id.
             await (conn.rollback() if outcome == "mismatch" else conn.commit())
     except (SQLAlchemyError, OSError, TimeoutError) as error:
@@ -93,12 +96,12 @@ async def take_hook(
     return provider.hook_reply(ok=True)
 
 
-async def _take(conn: AsyncConnection, provider: str, hook: Hook, raw_body: bytes) -> str:
+async def _take(conn: AsyncConnection, provider: str, hook: Hook, digest: bytes) -> str:
     """Act once on a verified call-back, in one transaction with its row in the inbox. Returns what became of it."""
     if isinstance(hook, HookForged):
         raise ValueError("a forged call-back got this far")
     kind = type(hook).__name__.removeprefix("Hook").lower()
-    if not await payments.inbox_add(conn, provider, hook.event_id, kind, raw_body, kind):
+    if not await payments.inbox_add(conn, provider, hook.event_id, kind, digest, kind):
         return "duplicate"
     match hook:
         case HookPaid():
