@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.bench import confirm
-from loadtest.bench.door import Sales, doors
+from loadtest.bench.door import JOINS_PER_S_MAX, Sales, doors
+from loadtest.bench.latency import OVERLOAD_CONNECTIONS
 from loadtest.bench.results import Plan
 from loadtest.bench.rounds import Measure, ratios
 from loadtest.bench.stack import FRONT, Shopfront
+from loadtest.generator import closed_loop, open_loop
 
 CONNECTIONS = 64
+PEAK_CONNECTIONS = 256
+TOO_MUCH = 2.0  # times the peak
+NOT_TOO_MUCH = 0.7  # part of it that nobody accepts who has too much
+TRIES = 8
 BATCHES = 2  # of confirm, a round
 
 # What a figure is about, for the sentence that names it. All are CPU, as multiples of what the limit costs.
@@ -28,6 +34,9 @@ STAGES: dict[str, str] = {
     "sold-out": "sold out: API CPU of the answer, as multiples of R1",
     "poll": "poll: API CPU of a waiting ticket, as multiples of R1",
     "redis": "line_join: Redis CPU of a claim, as multiples of R1",
+    "accepting": "overload: the peak, as multiples of what is accepted when twice as much comes",
+    "refusing": "overload: p50 of a refusal, as multiples of that of an accepted join",
+    "waiting": "overload: parts of the requests that found all their client's connections waiting for answers",
     "confirm": "confirm: CPU of an order (worker, Redis, Postgres), as multiples of a row by COPY",
 }
 
@@ -49,6 +58,41 @@ async def door_figures(folder: Path, plan: Plan, module: str = FRONT) -> dict[st
     redis, api = courses["join", CONNECTIONS].values("redis"), r1.values("api")
     found["redis"] = statistics.median(a / b for a, b in zip(redis, api, strict=False))
     return found
+
+
+async def overload_figures(folder: Path, plan: Plan, **settings: str) -> dict[str, float]:
+    """Twice as many joins as the front can take, sent at fixed moments. settings: of the front, in lower case.
+
+    The best of the rounds: what else runs on the machine spoils one or another, a mistake of ours all of them.
+    """
+    found: dict[str, list[float]] = {key: [] for key in ("accepting", "refusing", "waiting")}
+    async with Shopfront(folder) as shop:
+        front = await shop.front(**settings)
+        sales = Sales(shop)
+        await sales.prepare(front.port)
+        sales.claims.prepare(int(JOINS_PER_S_MAX * plan.seconds))
+        result, _ = await closed_loop(
+            "127.0.0.1", front.port, sales.claims(), connections=PEAK_CONNECTIONS, seconds=plan.seconds
+        )
+        peak_per_s = result.per_s
+        for _ in range(TRIES):
+            offered = TOO_MUCH * peak_per_s
+            sales.claims.prepare(int(offered * plan.seconds) + 1)
+            result = await open_loop(
+                "127.0.0.1", front.port, sales.claims(), per_s=offered, connections=OVERLOAD_CONNECTIONS,
+                seconds=plan.seconds, give_up=True,
+            )  # fmt: skip
+            await shop.forget_orders("claims")
+            accepted_per_s = result.in_time[202] / plan.seconds
+            if accepted_per_s > NOT_TOO_MUCH * offered:  # the peak was measured in a bad moment
+                peak_per_s = accepted_per_s
+                continue
+            found["accepting"].append(peak_per_s / max(1.0, accepted_per_s))
+            found["refusing"].append(result.quantile_ms(0.5, 503) / max(0.1, result.quantile_ms(0.5, 202)))
+            found["waiting"].append(result.starved / (result.answers + result.unsent))
+            if len(found["waiting"]) >= plan.rounds:
+                break
+    return {key: min(values) for key, values in found.items()}
 
 
 async def confirm_figure(folder: Path, plan: Plan) -> dict[str, float]:

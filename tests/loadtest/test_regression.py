@@ -9,11 +9,19 @@ import pytest
 import uvloop
 
 from app.embedded import make_folder
-from loadtest.bench.regression import STAGES, confirm_figure, door_figures, read_bounds, worse
+from loadtest.bench.regression import (
+    STAGES,
+    confirm_figure,
+    door_figures,
+    overload_figures,
+    read_bounds,
+    worse,
+)
 from loadtest.bench.results import Plan
 
 BOUNDS = read_bounds(Path(__file__).with_name("bounds.json"))
 PLAN = Plan(rounds=3, seconds=0.4)
+OVERLOAD = Plan(rounds=3, seconds=0.5)
 
 
 @pytest.fixture
@@ -35,6 +43,19 @@ def run(work: object) -> dict[str, float]:
 def test_no_stage_of_the_front_door_has_become_much_dearer(folder: Path) -> None:
     figures = run(door_figures(folder, PLAN))
     assert not worse(figures, BOUNDS), worse(figures, BOUNDS)
+
+
+@pytest.mark.serial
+def test_a_crowd_is_served_at_full_speed_and_the_rest_is_told_at_once(folder: Path) -> None:
+    figures = run(overload_figures(folder, OVERLOAD))
+    assert not worse(figures, BOUNDS), worse(figures, BOUNDS)
+
+
+@pytest.mark.serial
+def test_a_front_without_its_gate_is_caught(folder: Path) -> None:
+    figures = run(overload_figures(folder, OVERLOAD, overload_wait_max_ms="0", join_wait_max_ms="60000"))
+    named = worse(figures, BOUNDS)
+    assert any(sentence.startswith(STAGES["waiting"]) for sentence in named), figures
 
 
 @pytest.mark.serial
