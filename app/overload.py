@@ -4,13 +4,15 @@ Two things make a request wait, and each has its measure. Redis and the work aro
 way as are answered in `wait_max_s`, by the speed of the last moments. The event loop: once there is a crowd, or its
 turns stay long, each turn reads for a slice of time only. Whoever comes on top is told 503 at once and unread, for a
 part of what an answer costs; what is already there is answered in its order. Below its limit a process pays two
-comparisons. No I/O, and the clock is given.
+comparisons. No I/O; the clock is given.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
+LOOK_EVERY_S = 0.01  # s between two looks at how long the event loop takes to come round
 LONG_TURNS = 3  # long turns in a row put the gate up: one alone is a pause of the machine, not a crowd
 SLICE_S = 0.005  # s of reading in one turn while the gate is up: whoever comes next waits about twice that to be told
 CROWD_MIN = 256  # fewer are no crowd, however slow the machine is just now; so many keep a process busy (BENCHMARKS.md)
@@ -108,6 +110,20 @@ class Gate:
         if self._long_turns >= LONG_TURNS:
             self.up = True
             self._crowded_at = now
+
+
+def keep_looking(gate: Gate, loop: asyncio.AbstractEventLoop, clock: Callable[[], float]) -> None:
+    """Measure the turns of this loop for the gate, as long as it runs."""
+    due = clock() + LOOK_EVERY_S
+
+    def look() -> None:
+        nonlocal due
+        now = clock()
+        gate.looked(now - due)
+        due = now + LOOK_EVERY_S
+        loop.call_later(LOOK_EVERY_S, look)
+
+    loop.call_later(LOOK_EVERY_S, look)
 
 
 def retry_after_s(draw: float) -> int:

@@ -25,8 +25,9 @@ import uvicorn
 import uvloop
 
 from app.errors import CannotStart
+from app.overload import keep_looking
 from app.settings import Settings
-from app.wire import Express, Lane, http_protocol
+from app.wire import Express, Lane, gate_of, http_protocol, limit_of_connections
 
 log = structlog.get_logger("serve")
 
@@ -265,6 +266,7 @@ def granian_server(app: Application, settings: Settings, host: str, port: int) -
         http=HTTPModes.http1,
         websockets=False,
         backlog=settings.listen_backlog,
+        backpressure=limit_of_connections(settings.connections_max),  # those beyond wait in the kernel
         log_enabled=False,
         log_access=False,
         http1_settings=HTTP1Settings(
@@ -283,8 +285,12 @@ async def serve_granian(app: Application, settings: Settings, host: str, port: i
     if lifespan.failure is not None:
         raise lifespan.failure
     keep_what_has_started()
-    server = granian_server(app, settings, host, port)
     loop = asyncio.get_running_loop()
+    gate = gate_of(settings)
+    if gate is not None and hasattr(app, "gate"):  # it turns a crowd away itself
+        app.gate = gate
+        keep_looking(gate, loop, time.perf_counter)
+    server = granian_server(app, settings, host, port)
     stop: Callable[[], None] = server.stop
     draining = False
 

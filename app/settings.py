@@ -189,7 +189,7 @@ class Settings(BaseSettings):
         20.0, gt=0, description="ms; a longer turn of the event loop is a sign of a crowd (uvicorn)"
     )
     overload_wait_max_ms: float = Field(
-        40.0,
+        30.0,
         ge=0,
         description="ms of waiting requests that a process takes; newcomers get 503 at once; 0: nobody is turned away",
     )

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.overload import Gate
+from app.overload import Gate, keep_looking
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
@@ -52,7 +52,6 @@ class Express(Protocol):
         """That response. head: of the request, in lower case."""
 
 
-LOOK_EVERY_S = 0.01  # s between two looks at how long the event loop takes to come round
 LINGER_S = 0.5  # s a refused client gets to read why
 FRESH_S = 1.0  # s in which a new connection's first request is waited for when the process stops
 FILES_KEPT = 128  # of the process' files, for stores, logs and listeners: not for connections
@@ -115,23 +114,13 @@ class Lane:
         self.draining = False  # about to stop: every answer is the last of its connection
         self.gate = gate_of(settings) if express is not None else None
         self._watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
-        self._due = 0.0
         self._dates: tuple[Any, bytes] = (None, b"")
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Measure the loop's turns for the gate, from the first connection on."""
         if self.gate is not None and self._watching is not loop:
             self._watching = loop
-            self._due = time.perf_counter() + LOOK_EVERY_S
-            loop.call_later(LOOK_EVERY_S, self._look)
-
-    def _look(self) -> None:
-        assert self.gate is not None
-        assert self._watching is not None
-        now = time.perf_counter()
-        self.gate.looked(now - self._due)
-        self._due = now + LOOK_EVERY_S
-        self._watching.call_later(LOOK_EVERY_S, self._look)
+            keep_looking(self.gate, loop, time.perf_counter)
 
     def date_of(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """uvicorn's own headers (the date; a new list every second) as header lines."""

@@ -9,7 +9,8 @@ table, the same answers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import random
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,7 +18,8 @@ import structlog
 
 from app import rsgi
 from app.errors import FairdropError, Refusal
-from app.overload import retry_after_s
+from app.overload import Gate, retry_after_s
+from app.patience import TOO_SLOW, Patience
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
 from app.purchase.accept import Answer, Door, Headers, Later, Tell, settled
 from app.settings import Settings
@@ -36,6 +38,13 @@ PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
 
 _EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
 _VARY = (b"vary", b"Origin")
+_TOO_SLOW = Answer.of(
+    408, ((b"content-type", b"application/problem+json"), (b"connection", b"close")), TOO_SLOW
+)
+
+
+class _TooSlow(Exception):
+    """A body did not come in time."""
 
 
 class Origins:
@@ -79,12 +88,13 @@ def _problem(refusal: Refusal, request_id: bytes) -> Answer:
     return Answer.of(refusal.status, tuple(headers_of(refusal)), body_of(refusal, request_id))
 
 
+def _too_many(draw: float) -> Refusal:
+    return refuse("busy", "Too many are asking; repeat the same request.", retry_after_s=retry_after_s(draw))
+
+
 def _crowded(draw: float, date: bytes) -> tuple[int, bytes]:
     """What is told to a crowd: size of the body without the request id, and a format for size, id, CORS, id."""
-    refusal = refuse(
-        "busy", "Too many are asking; repeat the same request.", retry_after_s=retry_after_s(draw)
-    )
-    answer = _problem(refusal, b"")
+    answer = _problem(_too_many(draw), b"")
     body = answer.body.replace(b'"request_id":""', b'"request_id":"%b"')
     head = answer.head.lines + date
     return len(answer.body), b"%bcontent-length: %%d\r\nx-request-id: %%b\r\n%%b\r\n%b" % (head, body)
@@ -101,6 +111,9 @@ class HotRoutes:
         self.door = door
         self.typed = typed
         self.state = typed.state
+        self.gate: Gate | None = None  # set where the server has none of its own (app/serve.py)
+        self._patient = Patience(self, settings.body_within_s)
+        self._body_within_s = settings.body_within_s
         self._on_drain = on_drain
         self._origins = Origins(settings.cors_origins)
         self._cors = bool(settings.cors_origins)
@@ -280,14 +293,37 @@ class HotRoutes:
         self, hot: Hot, headers: dict[bytes, bytes], body: Awaitable[bytes | None] | None
     ) -> Answer | None:
         """The answer, whatever it is; None if the client has gone before its body was here."""
+        gate = self.gate
+        if gate is not None and self._turns_away(gate, hot, body is not None):
+            if isinstance(body, Coroutine):
+                body.close()  # unread
+            request_id = headers[b"x-request-id"] = request_id_of(headers)
+            return _problem(self._told(_too_many(random.random())), request_id)
+        if gate is not None and body is not None:
+            gate.begin()
         try:
             raw = b"" if body is None else await body
             return None if raw is None else await settled(partial(hot, headers, raw))
+        except _TooSlow:
+            return _TOO_SLOW
         except Exception as error:  # noqa: BLE001 - told and logged by _told
             refusal = self._told(error)
             request_id = request_id_of(headers)
             headers[b"x-request-id"] = request_id
             return _problem(refusal, request_id)
+        finally:
+            if gate is not None and body is not None:
+                gate.end()
+
+    def _turns_away(self, gate: Gate, hot: Hot, join: bool) -> bool:
+        """What app.wire asks before it reads: whether this join or poll would wait too long."""
+        if gate.up and not gate.reading:
+            asyncio.get_running_loop().call_soon(gate.turn_ended)
+        polls = getattr(hot, "func", None) == self._poll
+        if not ((gate.late() and (join or polls)) or (join and gate.full)):
+            return False
+        gate.turn_away()
+        return True
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body of a request; None if the client has gone. Refusal 413 `too_large`."""
@@ -323,7 +359,7 @@ class HotRoutes:
     async def __rsgi__(self, scope: rsgi.Scope, exchange: rsgi.Exchange) -> None:
         hot = self.hot(scope.method.encode(), scope.path.encode("latin-1", "replace"))
         if hot is None:
-            await rsgi.as_asgi(self, scope, exchange)
+            await rsgi.as_asgi(self._patient, scope, exchange)
             return
         headers = rsgi.headers_of(scope)
         answer = await self._answer(
@@ -345,16 +381,20 @@ class HotRoutes:
         """The body of a request. Refusal 413 `too_large`, read no further than that."""
         limit = self._body_max
         declared = headers.get(b"content-length")
-        if declared is not None and declared.isdigit() and int(declared) <= limit:
-            return await exchange()
-        raw = b""
-        if declared is None:
-            async for piece in exchange:
-                raw += piece
-                if len(raw) > limit:
-                    break
-            else:
-                return raw
+        try:
+            async with asyncio.timeout(self._body_within_s):
+                if declared is not None and declared.isdigit() and int(declared) <= limit:
+                    return await exchange()
+                raw = b""
+                if declared is None:
+                    async for piece in exchange:
+                        raw += piece
+                        if len(raw) > limit:
+                            break
+                    else:
+                        return raw
+        except TimeoutError:
+            raise _TooSlow from None
         raise refuse("too_large", f"The body is larger than {limit} bytes.")
 
     async def _preflight(self, send: Send, headers: Headers) -> None:

@@ -1,0 +1,180 @@
+"""What strangers can claim of one front process: memory, and on granian connections and slow bodies too. No Redis."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app.embedded import free_port
+
+HONEST = 10_000  # connections that are kept, as a crowd in front of the minute does
+HONEST_BYTES = 24_000  # of each at most: uvicorn's and uvloop's objects, and the parser's
+HOSTILE = 400
+# what docs/limits.md names, and an honest connection's share; Python keeps small objects around each buffer
+HEAD_BYTES = 16_384 + 16_384 + HONEST_BYTES
+BODY_BYTES = 16_384 + 16_384 + HONEST_BYTES
+UNREAD_BYTES = 64 * 1_024 + 16_384 + 2 * HONEST_BYTES
+
+TIME = b"GET /v1/time HTTP/1.1\r\nHost: x\r\n\r\n"
+HEAD = b"GET /v1/time HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 15_900  # never ends
+BODY = (
+    b"POST /v1/sales/x/tickets HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 16000\r\n\r\n"
+    + b" " * 15_900  # never ends
+)
+
+
+@dataclass
+class Front:
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def rss(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    @property
+    def connections(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+@contextmanager
+def front(server: str, **settings: str) -> Iterator[Front]:
+    port = free_port()
+    environment = os.environ | {
+        "FAIRDROP_ENV": "development", "FAIRDROP_REDIS_URL": "redis://127.0.0.1:1/0", "FAIRDROP_DRAIN_S": "0",
+        "FAIRDROP_SIGNING_KEYS": "k" * 40, "FAIRDROP_PII_KEYS": "11" * 32, "FAIRDROP_LOG_LEVEL": "error",
+        **{f"FAIRDROP_{name.upper()}": value for name, value in settings.items()},
+    }  # fmt: skip
+    command = [sys.executable, "-m", "app.cli", "front", "--port", str(port), "--server", server]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: answers(port))
+        yield Front(port, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+
+
+def until(true: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 10)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), connect(port) as one:
+        one.sendall(TIME)
+        return one.recv(1_000).startswith(b"HTTP/1.1 200")
+    return False
+
+
+@contextmanager
+def clients(port: int, count: int, *, small: bool = False) -> Iterator[list[socket.socket]]:
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            one = socket.socket()
+            if small:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            one.settimeout(20)
+            one.connect(("127.0.0.1", port))
+            opened.append(one)
+        yield opened
+    finally:
+        for one in opened:
+            one.close()
+
+
+def settled(front: Front) -> int:
+    """The process' memory once it no longer grows."""
+    seen = [0, front.rss]
+    while abs(seen[-1] - seen[-2]) > 200_000:
+        time.sleep(0.25)
+        seen.append(front.rss)
+    return seen[-1]
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < HONEST + 1_000:
+        pytest.skip("needs 11,000 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (HONEST + 1_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.serial
+@pytest.mark.timeout(240)
+def test_ten_thousand_connections_and_hostile_ones_cost_what_is_written_down(many_files: None) -> None:
+    with front("uvicorn") as one:
+        before = settled(one)
+
+        def ask_once(opened: list[socket.socket]) -> None:
+            for client in opened:
+                client.sendall(TIME)
+            for client in opened:
+                assert client.recv(1_000).startswith(b"HTTP/1.1 200")
+
+        with clients(one.port, HONEST) as opened:
+            ask_once(opened)
+            honest = (settled(one) - before) / HONEST
+        until(lambda: one.connections < 100)
+        with clients(
+            one.port, HONEST // 5
+        ) as opened:  # who comes later uses the memory of those who have gone
+            ask_once(opened)
+            again = (settled(one) - before) / HONEST
+        until(lambda: one.connections < 100)
+        found = {"honest": honest, "again": again}
+        for name, sends, times in (("head", HEAD, 1), ("body", BODY, 1), ("unread", TIME, 400)):
+            base = settled(one)
+            with clients(one.port, HOSTILE, small=True) as opened:
+                for client in opened:
+                    client.sendall(sends * times)
+                until(lambda: one.connections > HOSTILE)
+                found[name] = (settled(one) - base) / HOSTILE
+                assert answers(one.port)  # and everyone else is served
+            until(lambda: one.connections < 100)
+    limits = {
+        "honest": HONEST_BYTES, "again": honest + 1_000, "head": HEAD_BYTES, "body": BODY_BYTES,
+        "unread": UNREAD_BYTES,
+    }  # fmt: skip
+    assert {name: round(size) for name, size in found.items() if size > limits[name]} == {}, found
+
+
+@pytest.mark.serial
+def test_on_granian_too_a_body_has_to_come_in_time_and_connections_are_limited() -> None:
+    with front("granian", body_within_s="0.3", connections_max="5") as one:
+        with clients(one.port, 1) as (slow,):
+            slow.sendall(BODY)
+            assert slow.recv(1_000).startswith(b"HTTP/1.1 408")
+        with clients(one.port, 6) as opened:
+            for client in opened:
+                client.sendall(TIME)
+            for client in opened[:5]:
+                assert client.recv(1_000).startswith(b"HTTP/1.1 200")
+            opened[5].settimeout(0.3)
+            with pytest.raises(TimeoutError):  # it waits in the kernel
+                opened[5].recv(1_000)
+            opened[0].close()
+            opened[5].settimeout(20)
+            assert opened[5].recv(1_000).startswith(b"HTTP/1.1 200")
