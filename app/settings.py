@@ -202,7 +202,7 @@ class Settings(BaseSettings):
         2, ge=1, le=8, description="line_join calls of one item on the wire at once"
     )
     batch_beside_min: int = Field(
-        64,
+        32,
         ge=1,
         description="buyers who must wait before a line_join call is made beside another of the item",
     )
