@@ -133,6 +133,11 @@ class Cluster(Link):
     # what the readers of a Link look at
 
     @property
+    def where(self) -> str:
+        """The primaries."""
+        return ", ".join(f"{host}:{port}" for host, port in sorted(self._nodes)) or "a cluster"
+
+    @property
     def connected(self) -> bool:  # type: ignore[override]  # of several: it cannot be set
         return any(node.connected for node in self._nodes.values())
 

@@ -234,6 +234,11 @@ class Link:
         self._keeper: asyncio.Task[None] | None = None
         self._address = Address(url)
 
+    @property
+    def where(self) -> str:
+        """The server, and the sentinels that named it, as words for people; no password."""
+        return str(self._address)
+
     async def start(self) -> None:
         """Begin to connect, and wait until the first attempt succeeds or fails: see `connected`."""
         if self._keeper is None:

@@ -570,7 +570,8 @@ def create_app(worker: Worker) -> Starlette:
             return _problem(503, "draining", "This process is about to stop.", reasons=["draining", *reasons])
         if reasons:
             return _problem(503, "busy", "A store does not answer, or a loop fails.", reasons=reasons)
-        return JSONResponse({"status": "ready", "reasons": [], "durability": durable}, headers=FRESH)
+        told = {"status": "ready", "reasons": [], "redis": worker.link.where, "durability": durable}
+        return JSONResponse(told, headers=FRESH)
 
     async def show_metrics(request: Request) -> Response:
         if not metrics.allows(request.client.host if request.client else None):

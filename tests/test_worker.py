@@ -292,6 +292,9 @@ async def test_postgres_goes_down_and_comes_back_and_no_claim_is_lost(shop: Shop
                 return (await client.get("/readyz")).status_code == 200
 
             await until(ready, "ready again")
+            told = (await client.get("/readyz")).json()
+            assert told["redis"] in shop.settings.redis_url  # which server; never its password
+            assert told["durability"] == "local"
     assert (await shop.item())["reserved"] == 24
 
 

@@ -109,8 +109,11 @@ class Pair:
         )
         assert promoted[0]["promoted"]
 
-    def close(self) -> None:
-        """End both; nothing in them is needed any more."""
+    def kill(self) -> None:
         for one in (self.standby, self.primary):
             one.kill()
+
+    def close(self) -> None:
+        """End both; nothing in them is needed any more."""
+        self.kill()
         shutil.rmtree(self.home)
