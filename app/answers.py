@@ -99,6 +99,12 @@ class Taken(Answer, frozen=True):
     left: int
 
 
+class Removed(Answer, frozen=True):
+    """consumers_remove: so many were gone."""
+
+    count: int
+
+
 class Wait(Answer, frozen=True):
     """Not now; allowed in `ms`."""
 

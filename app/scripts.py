@@ -55,6 +55,7 @@ from app.answers import (
     Rebuilt,
     Refused,
     Released,
+    Removed,
     Served,
     Short,
     Stale,
@@ -284,6 +285,9 @@ SALE_ADVISE: Script[Gone | Old | Advised] = Script(
     keys="sale",
     args="epoch home now_ms slow_milli base_milli reason notices lease_ms",
     answers=(Gone, Old, Advised),
+)
+CONSUMERS_REMOVE: Script[Gone | Removed] = Script(
+    "consumers_remove", keys="stream", args="group idle_ms", answers=(Gone, Removed)
 )
 RATE_TAKE: Script[Taken | Wait] = Script(
     "rate_take", keys="rate", args="now_ms period_ms burst cost", answers=(Taken, Wait)
@@ -727,6 +731,10 @@ class Scripts:
             (sale_keys(sale).sale,),
             (epoch, self._home(sale), now_ms, slow_milli, base_milli, reason, notices, lease_ms),
         )
+
+    async def consumers_remove(self, *, stream: str, group: str = GROUP, idle_ms: int) -> Gone | Removed:
+        """Forget consumers of a stream that have not asked for idle_ms and hold nothing. GONE: no such group."""
+        return await self._run(CONSUMERS_REMOVE, (stream,), (group, idle_ms))
 
     async def rate_take(
         self, *, key: str, period_ms: int, burst: int, cost: int = 1, now_ms: int = 0

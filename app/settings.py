@@ -245,7 +245,7 @@ class Settings(BaseSettings):
     worker_name: str = Field("", description="consumer name in the streams; empty: host and process id")
     confirm_batch_max: int = Field(1_000, ge=1, le=10_000, description="claims confirmed in one transaction")
     confirm_in_flight_max: int = Field(
-        2, ge=1, le=8, description="full batches of one sale that a worker confirms at once"
+        3, ge=1, le=8, description="full batches of one sale that a worker confirms at once"
     )
     confirm_block_ms: int = Field(200, description="ms to wait for claims")
     autoclaim_idle_ms: int = Field(

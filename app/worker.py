@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from app.alarm import alert
+from app.answers import Removed
 from app.bills import Biller
 from app.cluster import open_link
 from app.contacts import remove_old
@@ -71,6 +72,8 @@ CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept lo
 DEADLINES_EVERY_S = 1.0
 OUTAGES_EVERY_S = 1.0
 ADVICE_EVERY_S = 0.5
+CONSUMERS_EVERY_S = 60.0  # between two looks for consumers that are gone
+CONSUMER_GONE_S = 600.0  # without a read; what it held is taken over long before (autoclaim_idle_ms)
 PROBES_BACKLOG = 64
 FRESH = {"Cache-Control": "no-store"}
 READY_WITHIN_S = 1.0  # a probe's look at Postgres
@@ -473,6 +476,17 @@ class Worker:
         async with self.engine.begin() as conn:
             return await events.number(conn, EVENTS_MAX) == EVENTS_MAX
 
+    async def remove_consumers(self) -> None:
+        """Forget workers that came and went: each was a consumer of every stream, by a name of its own."""
+        for sale in list(self.admitter.watched):
+            keys = SaleKeys(sale)
+            for stream in (keys.orders, keys.asks):
+                found = await self.scripts.consumers_remove(
+                    stream=stream, idle_ms=round(CONSUMER_GONE_S * 1000)
+                )
+                if isinstance(found, Removed) and found.count:
+                    _log.info("consumers removed", sale=sale, stream=stream, consumers=found.count)
+
     async def _confirm_to_the_end(self) -> None:
         try:
             await keep_going("confirm", self.confirming.turn, 0.05, self.stopping, self.health)
@@ -512,6 +526,7 @@ class Worker:
                 loop("course", self.course.note, COURSE_EVERY_S)
                 group.create_task(self._confirm_to_the_end(), name="confirm")
                 loop("confirm-take-over", self.confirming.take_over, idle_s)
+                loop("consumers", self.remove_consumers, CONSUMERS_EVERY_S)
                 loop("asks", self.asking.turn, relay_s)
                 loop("asks-take-over", self.asking.take_over, idle_s)
                 loop("deadlines", self.releaser.start_deadlines, DEADLINES_EVERY_S)

@@ -247,6 +247,59 @@ async def test_claims_of_a_dead_worker_are_taken_over(shop: Shop) -> None:
         assert await shop.pending() == 0
 
 
+async def consumers(shop: Shop, stream: str) -> set[str]:
+    return {found[1].decode() for found in await shop.link.call("XINFO", "CONSUMERS", stream, GROUP)}
+
+
+async def test_workers_that_are_gone_are_forgotten_once_they_hold_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "CONSUMER_GONE_S", 0.4)
+    monkeypatch.setattr(worker_module, "CONSUMERS_EVERY_S", 0.05)
+    await shop.publish(20)
+    await shop.claim("ann")
+    assert len(await shop.read(consumer="dead")) == 1
+    assert await shop.read(consumer="left") == []
+    await shop.link.call("XGROUP", "CREATECONSUMER", shop.keys.asks, GROUP, "left")
+
+    async def only_dead() -> bool:
+        return "left" not in await consumers(shop, shop.keys.orders) | await consumers(shop, shop.keys.asks)
+
+    async with at_work(shop, worker_name="here", autoclaim_idle_ms=4_000):
+        await until(only_dead, "the consumer with nothing in hand is removed")
+        assert "dead" in await consumers(shop, shop.keys.orders)
+        assert await shop.pending() == 1  # what the dead one holds is kept, and taken over
+        await reserved(shop, 1)
+
+        async def only_here() -> bool:
+            return await consumers(shop, shop.keys.orders) == {"here"}
+
+        await until(only_here, "then it is removed too")
+    assert (await shop.item())["reserved"] == 1
+
+
+async def test_two_workers_with_one_name_do_no_harm(shop: Shop) -> None:
+    await shop.publish(300)
+    async with at_work(shop, worker_name="twin"), at_work(shop, worker_name="twin"):
+        seqs: list[int] = []
+        for batch in range(5):
+            seqs += await shop.claim(*[f"b{batch}-{n}" for n in range(30)])
+        await reserved(shop, 150)
+        for seq in seqs[:20]:
+            await shop.scripts.ask_put(
+                sale=SALE, epoch=1, sku="A", seq=seq, buyer_id=f"b0-{seqs.index(seq)}", kind="leave",
+                repeat_ms=60_000,
+            )  # fmt: skip
+
+        async def left() -> bool:
+            return len(await shop.sql("SELECT 1 FROM purchase_order WHERE state = 'cancelled'")) == 20
+
+        await until(left, "the buyers have left")
+        await at_rest(shop)
+    assert (await shop.item())["reserved"] == 130
+    assert await shop.left() == 170
+
+
 async def test_three_workers_share_the_claims_and_write_each_once(shop: Shop) -> None:
     await shop.publish(500)
     async with (

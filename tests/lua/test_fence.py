@@ -45,7 +45,15 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
     ),
 }
 # no sale yet; what shuts it and opens it again; no sale at all
-NOT_FENCED = {"sale_publish", "sale_fence", "sale_rebuild", "rate_take", "sms_take", "breaker"}
+NOT_FENCED = {
+    "sale_publish",
+    "sale_fence",
+    "sale_rebuild",
+    "rate_take",
+    "sms_take",
+    "breaker",
+    "consumers_remove",
+}
 
 
 async def scene(stage: Stage) -> Stage:
