@@ -6,7 +6,7 @@ One sale is one hash tag is one slot (app/keys.py), so a sale is as on a server 
 calls, its home are those of one node. A cluster spreads sales; it does not split one. While a node is away its sales
 fail (DidNotHappen), the others go on. The table of slots is asked for again when a node is away, when a call was sent
 to the wrong one, and now and then. MOVED and ASK say that nothing was done: the call is made once more, where it
-belongs, with the home of *that* node: what is fenced stays fenced (docs/adr/0009).
+belongs, with the home of *that* node: what is fenced stays fenced (docs/adr/0012).
 """
 
 from __future__ import annotations

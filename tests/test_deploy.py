@@ -13,7 +13,7 @@ import pytest
 import redis as redis_sync
 import yaml
 
-from app.embedded import Valkey
+from app.embedded import Valkey, free_port
 from app.settings import SECRETS, Settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -28,6 +28,26 @@ def test_redis_conf_is_accepted_and_durable(tmp_path: Path) -> None:
         server.start()
         with contextlib.closing(redis_sync.Redis.from_url(server.url)) as client:
             for name in ("appendonly", "appendfsync", "maxmemory-policy", "auto-aof-rewrite-percentage"):
+                assert client.config_get(name)[name] == given[name]
+    finally:
+        server.kill()
+
+
+def test_cluster_conf_on_top_of_redis_conf_is_accepted(tmp_path: Path) -> None:
+    settings: dict[str, str] = {}
+    for name in ("redis.conf", "cluster.conf"):
+        lines = (DEPLOY / name).read_text().splitlines()
+        settings |= dict(line.split(None, 1) for line in lines if line.strip() and not line.startswith("#"))
+    given = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("port", "dir", "bind", "protected-mode")
+    }
+    server = Valkey(tmp_path / "valkey", "secret", settings=given | {"cluster-port": str(free_port())})
+    try:
+        server.start()
+        with contextlib.closing(redis_sync.Redis.from_url(server.url)) as client:
+            for name in ("appendfsync", "cluster-require-full-coverage", "cluster-node-timeout"):
                 assert client.config_get(name)[name] == given[name]
     finally:
         server.kill()

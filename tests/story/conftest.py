@@ -1,4 +1,8 @@
-"""One running `fairdrop up` for all stories of a pytest process; every story holds a sale of its own."""
+"""One running `fairdrop up` for all stories of a pytest process; every story holds a sale of its own.
+
+FAIRDROP_TEST_REDIS_URL lets them play on another Redis than the embedded one: `python -m tests.ha.stories` plays them
+on a Cluster.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
         for path in (folder, folder.parent, folder.parent.parent):
             path.chmod(0o711)
     hurried = {"FAIRDROP_EXPIRE_EVERY_MS": "100", "FAIRDROP_POLL_MAX_MS": "1000", "FAIRDROP_DRAIN_S": "0"}
+    if url := os.environ.get("FAIRDROP_TEST_REDIS_URL"):
+        hurried["FAIRDROP_REDIS_URL"] = url
     servers = Servers(folder, front_workers=2, environment=hurried)
     try:
         yield asyncio.run(servers.start())

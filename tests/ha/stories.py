@@ -1,0 +1,38 @@
+"""The stories of tests/story on a Redis Cluster: whatever needs two slots in one command fails there (CROSSSLOT).
+
+python -m tests.ha.stories [arguments of pytest]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.ha.redis_cluster import RedisCluster
+
+# They look into the one server or restart it: not stories of the path.
+NOT_HERE = ("test_readme", "sealed")
+
+
+def main(arguments: list[str]) -> int:
+    home = Path(tempfile.mkdtemp(prefix="fairdrop-stories-"))
+    home.chmod(0o711)
+    with RedisCluster(home / "redis") as cluster:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "tests/story",
+            "-k",
+            " and ".join(f"not {one}" for one in NOT_HERE),
+        ]
+        environment = os.environ | {"FAIRDROP_TEST_REDIS_URL": cluster.url}
+        return subprocess.run([*command, *arguments], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
