@@ -120,7 +120,7 @@ def shared(stores: Stores) -> Iterator[UpProcess]:
     home.mkdir()
     if os.geteuid() == 0:
         home.chmod(0o711)
-    with up(home / "data", *PORTS, "--front-workers", "2") as running:
+    with up(home / "data", *PORTS, "--front-workers", "2", env={"FAIRDROP_BEHIND_NICE": "5"}) as running:
         running.urls()
         stores.keep_processes({running.process.pid})
         yield running
@@ -141,7 +141,7 @@ def test_everything_answers_and_urls_json_is_complete_and_private(shared: UpProc
     assert all(psutil.pid_exists(pid) for pid in urls["pids"].values())
     priority = {name: psutil.Process(pid).nice() for name, pid in urls["pids"].items()}
     ours = priority["up"]
-    behind = min(19, ours + 5)  # FAIRDROP_BEHIND_NICE: what buyers wait for goes first
+    behind = min(19, ours + 5)  # FAIRDROP_BEHIND_NICE, as by default: what buyers wait for goes first
     assert [priority[name] for name in ("front-1", "front-2", "valkey", "postgres")] == [ours] * 4
     assert [priority[name] for name in ("worker", "office", "sandbox")] == [behind] * 3
     for name in ("front", "office", "worker"):
