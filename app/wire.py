@@ -55,7 +55,9 @@ class Express(Protocol):
 LINGER_S = 0.5  # s a refused client gets to read why
 FRESH_S = 1.0  # s in which a new connection's first request is waited for when the process stops
 FILES_KEPT = 128  # of the process' files, for stores, logs and listeners: not for connections
-PIPELINE_MAX = 1_000  # requests that one client may send ahead of their answers; more ends the connection
+PIPELINE_MAX = (
+    100  # requests that one client may send ahead of their answers, 1.5 KB each; more ends the connection
+)
 
 _BUSY = (
     b'{"type":"urn:fairdrop:problem:busy","title":"Busy","status":503,"code":"busy",'

@@ -255,7 +255,7 @@ async def test_a_client_that_does_not_read_leaves_the_lane() -> None:
         body = b"x" * 1_900
         one = b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         sent = 0
-        with pytest.raises(TimeoutError):
+        with pytest.raises((TimeoutError, ConnectionError)):  # it may have sent too far ahead
             async with asyncio.timeout(3):
                 while True:
                     writer.write(one * 20)
