@@ -5,6 +5,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.ledger.shop import Shop, open_shop
+from tests.providers.server import Shop as Sandbox
+from tests.providers.server import sandbox
+from tests.purchase.money import Money, money
 
 
 @pytest.fixture
@@ -12,3 +15,18 @@ async def shop(redis_url: str, database_url: str) -> AsyncIterator[Shop]:
     """Real stores and no sale yet: `await shop.publish(units)`."""
     async with open_shop(redis_url, database_url) as shop:
         yield shop
+
+
+@pytest.fixture
+async def supplier() -> AsyncIterator[Sandbox]:
+    """A sandbox supplier of its own."""
+    async with sandbox() as supplier:
+        yield supplier
+
+
+@pytest.fixture
+async def till(supplier: Sandbox, redis_url: str, database_url: str) -> AsyncIterator[Money]:
+    """Real stores, this supplier, and a sale of five units."""
+    async with money(supplier, redis_url, database_url) as till:
+        await till.publish()
+        yield till

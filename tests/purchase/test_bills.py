@@ -22,26 +22,13 @@ from app.ledger.engine import alone
 from app.providers.answer import Done
 from app.providers.payment import BillLine, RefundWanted
 from app.purchase.paying import hook
-from tests.providers.server import SECRET, Shop, sandbox
+from tests.providers.server import SECRET, Shop
 from tests.purchase.money import PRICE, Money, money
 from tests.purchase.test_real_suppliers import CASES, Case, begun
 
 
 def today() -> date:
     return datetime.now(UTC).date()
-
-
-@pytest.fixture
-async def shop() -> AsyncIterator[Shop]:
-    async with sandbox() as shop:
-        yield shop
-
-
-@pytest.fixture
-async def till(shop: Shop, redis_url: str, database_url: str) -> AsyncIterator[Money]:
-    async with money(shop, redis_url, database_url) as till:
-        await till.publish()
-        yield till
 
 
 async def paid(till: Money, buyer: str) -> str:
@@ -190,15 +177,17 @@ async def test_each_suppliers_bill_agrees_with_what_its_call_backs_said(real: tu
 
 
 async def test_a_slow_bill_is_waited_for_and_no_payment_is_refused_for_it(
-    shop: Shop, redis_url: str, database_url: str
+    supplier: Shop, redis_url: str, database_url: str
 ) -> None:
-    async with money(shop, redis_url, database_url, provider_deadline_s=0.5, bill_deadline_s=20.0) as till:
+    async with money(
+        supplier, redis_url, database_url, provider_deadline_s=0.5, bill_deadline_s=20.0
+    ) as till:
         await till.publish()
         await till.shop.control(payments={"latency_ms": 1_200, "only": ["bill"]})
         assert await differences(till) == []  # longer than a payment call may take
         guard = till.providers.payment["sandbox"].guard
         assert (guard.breaker.counts().calls, guard.bulkhead.in_flight) == (0, 0)
-    async with money(shop, redis_url, database_url, bill_deadline_s=0.3) as till:
+    async with money(supplier, redis_url, database_url, bill_deadline_s=0.3) as till:
         (report,) = await reading.read_now(till.engine, till.providers, till.settings, today(), ["sandbox"])
         assert (report["state"], report["code"]) == ("due", "deadline")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,22 +15,8 @@ from app.providers import sandbox_wire
 from app.providers.payment import HookRefundFailed
 from app.purchase import leased, pay
 from app.purchase.paying import evidence, hook
-from tests.providers.server import SECRET, Shop, sandbox, until
+from tests.providers.server import SECRET, Shop, until
 from tests.purchase.money import PRICE, Money, money
-
-
-@pytest.fixture
-async def shop() -> AsyncIterator[Shop]:
-    async with sandbox() as shop:
-        yield shop
-
-
-@pytest.fixture
-async def till(shop: Shop, redis_url: str, database_url: str) -> AsyncIterator[Money]:
-    async with money(shop, redis_url, database_url) as till:
-        await till.publish()
-        yield till
-
 
 # Links
 
@@ -761,10 +746,10 @@ async def test_an_unpaid_order_is_swept_up_when_the_link_is_due(till: Money) -> 
 
 
 async def test_a_link_that_ends_before_an_extended_deadline_is_followed_by_another_by_itself(
-    shop: Shop, redis_url: str, database_url: str
+    supplier: Shop, redis_url: str, database_url: str
 ) -> None:
     """Prevents an extension that helps nobody: the link was made for the deadline of before and ends with it."""
-    async with money(shop, redis_url, database_url) as till:
+    async with money(supplier, redis_url, database_url) as till:
         await till.publish(pay_within_s=3)
         number = await till.reserve("ann")
         async with till.loops():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,26 +14,13 @@ import pytest
 from app.ledger import payments
 from app.providers import sandbox_wire
 from app.purchase.paying import hook
-from tests.providers.server import SECRET, Shop, sandbox
+from tests.providers.server import SECRET, Shop
 from tests.purchase.money import PRICE, Money, money
 
 TABLES = (
     "purchase_order", "item", "payment_attempt", "capture", "event", "sms", "outbox", "webhook_inbox", "order_line",
 )  # fmt: skip
 OWN = frozenset({"id", "written", "position"})  # numbers that a table gives by itself
-
-
-@pytest.fixture
-async def shop() -> AsyncIterator[Shop]:
-    async with sandbox() as shop:
-        yield shop
-
-
-@pytest.fixture
-async def till(shop: Shop, redis_url: str, database_url: str) -> AsyncIterator[Money]:
-    async with money(shop, redis_url, database_url) as till:
-        await till.publish()
-        yield till
 
 
 def body_of(number: str, *, event: str = "evt-1", ref: str = "cap-1", amount_minor: int = PRICE) -> bytes:
@@ -104,7 +90,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 async def test_both_ways_leave_the_same_rows(
-    shop: Shop, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
+    supplier: Shop, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     seen = []
     plainly = payments.pay_plainly
@@ -118,7 +104,7 @@ async def test_both_ways_leave_the_same_rows(
             return ways[-1]
 
         monkeypatch.setattr(payments, "pay_plainly", spied)
-        async with money(shop, redis_url, database_url) as till:
+        async with money(supplier, redis_url, database_url) as till:
             if long_way:
                 await empty(till)
             await till.publish()

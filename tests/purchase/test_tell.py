@@ -28,19 +28,6 @@ from tests.providers.server import Shop, sandbox, until
 from tests.purchase.money import Money, money
 
 
-@pytest.fixture
-async def shop() -> AsyncIterator[Shop]:
-    async with sandbox() as shop:
-        yield shop
-
-
-@pytest.fixture
-async def till(shop: Shop, redis_url: str, database_url: str) -> AsyncIterator[Money]:
-    async with money(shop, redis_url, database_url) as till:
-        await till.publish()
-        yield till
-
-
 @contextlib.asynccontextmanager
 async def telling(till: Money) -> AsyncIterator[None]:
     stopping = asyncio.Event()
@@ -147,10 +134,10 @@ async def test_a_text_that_would_come_too_late_is_dropped(till: Money) -> None:
 
 
 async def test_every_text_keeps_to_the_setting_and_not_only_the_first(
-    shop: Shop, redis_url: str, database_url: str
+    supplier: Shop, redis_url: str, database_url: str
 ) -> None:
     """Bug: FAIRDROP_SMS_TTL_S was obeyed for the text of confirm alone; the others were written with 900 s."""
-    async with money(shop, redis_url, database_url, sms_ttl_s=60) as till:
+    async with money(supplier, redis_url, database_url, sms_ttl_s=60) as till:
         await till.publish()
         number = await till.reserve("ann", attempt=False, contact=True)
         async with till.engine.begin() as conn:
@@ -266,12 +253,12 @@ async def test_an_open_breaker_hands_on_and_costs_no_call(till: Money) -> None:
 
 
 async def test_a_sick_channel_is_left_when_its_breaker_trips_and_found_again_by_itself(
-    shop: Shop, redis_url: str, database_url: str
+    supplier: Shop, redis_url: str, database_url: str
 ) -> None:
     limits = {"sms_number_per_min": 100, "sms_number_per_hour": 100, "sms_number_per_day": 100}
     async with sandbox() as second:
         also = {"sms_also": "sandbox-sms-2", "sandbox_2_url": second.url}
-        async with money(shop, redis_url, database_url, **also, **limits) as till:
+        async with money(supplier, redis_url, database_url, **also, **limits) as till:
             await till.publish(units=2_000)
             buyers = itertools.count()
             quick = Rules(calls_min=2, open_ms=3_000, open_max_ms=3_000, probes_max=1)
@@ -282,15 +269,17 @@ async def test_a_sick_channel_is_left_when_its_breaker_trips_and_found_again_by_
                 await due(till, buyer=f"b{next(buyers)}")
                 return bool(await at.texts())
 
-            await shop.control(sms={"error_rate": 1})  # answers 500: nobody knows, so nobody else is asked
+            await supplier.control(
+                sms={"error_rate": 1}
+            )  # answers 500: nobody knows, so nobody else is asked
             async with telling(till):
                 await until(lambda: arrive(second), 60.0)
                 unknown = await till.one("SELECT count(*) FROM sms WHERE state = 'unknown'")
                 assert unknown >= 2  # what it takes to trip; from then on the other channel has them
-                await shop.control(reset=True)
-                await until(lambda: arrive(shop), 60.0)
+                await supplier.control(reset=True)
+                await until(lambda: arrive(supplier), 60.0)
             assert await till.one("SELECT count(*) FROM sms WHERE tries > 1 AND state = 'unknown'") == 0
-            every = [text["body"] for text in (*await shop.texts(), *await second.texts())]
+            every = [text["body"] for text in (*await supplier.texts(), *await second.texts())]
             assert len(every) == len(set(every))  # none by both
 
 
@@ -312,9 +301,9 @@ async def shown(till: Money, number: str) -> str:
 
 
 async def test_with_every_channel_down_the_buyer_reads_the_text_on_the_ticket_until_they_are_back(
-    shop: Shop, redis_url: str, database_url: str
+    supplier: Shop, redis_url: str, database_url: str
 ) -> None:
-    async with money(shop, redis_url, database_url, sms_shown_after_s=0.2) as till:
+    async with money(supplier, redis_url, database_url, sms_shown_after_s=0.2) as till:
         await till.publish()
         await till.shop.control(sms={"refuse_rate": 1})
         number = await due(till)
@@ -388,9 +377,9 @@ async def test_a_one_time_code_is_handed_to_one_supplier_once_whatever_it_answer
 
 
 async def test_a_text_too_many_for_a_number_waits_and_is_counted_once_however_often_it_is_tried(
-    shop: Shop, redis_url: str, database_url: str
+    supplier: Shop, redis_url: str, database_url: str
 ) -> None:
-    async with money(shop, redis_url, database_url, sms_number_per_min=1) as till:
+    async with money(supplier, redis_url, database_url, sms_number_per_min=1) as till:
         await till.publish()
         one = Supplier("one", *[NotDone("refused")] * 2)
         suppliers(till, one)
