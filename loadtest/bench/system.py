@@ -26,6 +26,7 @@ from loadtest.run import servers
 
 SETTLE_WITHIN_S = 60.0
 UNITS = 1_000_000  # the most that an item may have
+LOOK_EVERY_S = 0.05  # between two looks at the stream: 20 XLEN a second are nothing beside the load
 ROUNDS_MAX = 3  # each waits until Postgres has everything
 
 
@@ -66,14 +67,19 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
     await link.start()
     orders = SaleKeys(sale.id).orders
 
+    backlog = Backlog(link, orders)
+
     async def ready() -> None:
+        backlog.begin()
         joins.prepare(int(plan.seconds * JOINS_PER_S_MAX / 2))
 
     async def settled() -> None:
         """Every claim so far is an order, and its buyer has been told."""
+        begun = time.perf_counter()
         async with asyncio.timeout(SETTLE_WITHIN_S):
             while await link.call("XLEN", orders):  # noqa: ASYNC110  another process empties it
                 await asyncio.sleep(0.01)
+        backlog.end(time.perf_counter() - begun)
 
     subject = Subject(
         "system", "join with a pass, and the order in Postgres", port,
@@ -81,12 +87,15 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
          "postgres": family(pids["postgres"])},
         joins, frozenset({202}), ready, settled,
     )  # fmt: skip
+    watching = asyncio.create_task(backlog.watch())
     try:
         courses = await Measure(plan.seconds, lambda: redis_numbers(link), plan.say).interleaved(
             [subject], plan.connections, min(plan.rounds, ROUNDS_MAX)
         )
         await asyncio.to_thread(office.close, sale.id)
     finally:
+        watching.cancel()
+        await asyncio.wait([watching])
         await link.close()
     sheet = Sheet(
         "The whole system: the worker confirms meanwhile, CPU until the last order is in Postgres",
@@ -107,4 +116,37 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
             f"{max(course.values('generator_share')):.0%}",
             f"{max(course.values('others_share')):.0%}",
         ])  # fmt: skip
-    return Found([], [sheet], {"system": list(courses.values())})
+    waiting = Sheet(
+        "The stream of claims meanwhile: what confirm is behind while the line is served at full speed",
+        ["most claims in the stream", "s until it was empty, after the last answer"],
+    )
+    if backlog.most:
+        waiting.rows.append([spread(backlog.most), spread(backlog.drained_s, 2)])
+    lines = {
+        "system": list(courses.values()),
+        "backlog": {"most": backlog.most, "drained_s": backlog.drained_s},
+    }
+    return Found([], [sheet, waiting], lines)
+
+
+class Backlog:
+    """The length of the stream of claims, round by round."""
+
+    def __init__(self, link: Link, stream: str) -> None:
+        self._link = link
+        self._stream = stream
+        self._now = 0
+        self.most: list[float] = []
+        self.drained_s: list[float] = []
+
+    async def watch(self) -> None:
+        while True:
+            self._now = max(self._now, int(await self._link.call("XLEN", self._stream)))
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def begin(self) -> None:
+        self._now = 0
+
+    def end(self, drained_s: float) -> None:
+        self.most.append(self._now)
+        self.drained_s.append(drained_s)
