@@ -122,11 +122,7 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
     )
     if backlog.most:
         waiting.rows.append([spread(backlog.most), spread(backlog.drained_s, 2)])
-    lines = {
-        "system": list(courses.values()),
-        "backlog": {"most": backlog.most, "drained_s": backlog.drained_s},
-    }
-    return Found([], [sheet, waiting], lines)
+    return Found([], [sheet, waiting], {"system": list(courses.values())})
 
 
 class Backlog:
