@@ -8,6 +8,7 @@ lost writes, and only a rebuild may open the sale then. That is done by itself o
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import Counter
@@ -46,6 +47,7 @@ from app.settings import Settings
 BACKLOG_READ_MAX = 200_000  # claims in flight that are looked at: twice the default cap
 TICKETS_A_CALL = 500  # statuses read at once: some 0.2 ms of Redis
 NEVER_A_REPLICA = "0" * 40  # master_replid2 of a server that was not promoted
+MENDS_AT_ONCE = 4  # rebuilds at a time, three connections to Postgres each
 SURE_AFTER = (
     3  # comparisons in a row: the two stores are read one after the other, so one may catch a step half done
 )
@@ -207,30 +209,48 @@ class Reconciler:
         await copy_routes(self.engine, self.link)
 
     async def mend(self) -> int:
-        """Rebuild sales that have been without a home for long enough. Returns how many."""
-        settings, mended = self.settings, 0
+        """Rebuild sales that have been without a home for long enough, several at once. Returns how many.
+
+        A sale whose rebuild fails holds up no other; one of the failures is raised when all have been tried.
+        """
+        settings = self.settings
         if settings is None or not settings.rebuild_auto:
             return 0
         now = time.monotonic()
-        for sale, (_, since, kind) in list(self._homeless.items()):
-            if now - since < settings.rebuild_after_s:
-                continue
-            if now - self._rebuilt_at.get(sale, -settings.rebuild_every_min_s) < settings.rebuild_every_min_s:
-                continue
-            self._rebuilt_at[sale] = now
-            try:
-                report = await rebuild(settings, self.link, self.scripts, sale, actor="worker", reason=kind)
-            except NotNow as error:
-                self._call("rebuild_refused", str(error), sale)
-                continue
-            except Exception:
-                del self._rebuilt_at[sale]  # the loop's backoff is enough
-                raise
-            self._homeless.pop(sale, None)
-            if report is not None:
-                mended += 1
-                alert("sale_rebuilt", "a sale was made anew from Postgres", sale=sale, seconds=report.seconds)
-        return mended
+        due = [
+            (sale, kind)
+            for sale, (_, since, kind) in self._homeless.items()
+            if now - since >= settings.rebuild_after_s
+            and now - self._rebuilt_at.get(sale, -settings.rebuild_every_min_s)
+            >= settings.rebuild_every_min_s
+        ]
+        places = asyncio.Semaphore(MENDS_AT_ONCE)
+
+        async def one(sale: str, kind: str) -> bool:
+            async with places:
+                return await self._mend(settings, sale, kind)
+
+        results = await asyncio.gather(*(one(*pair) for pair in due), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return sum(result is True for result in results)
+
+    async def _mend(self, settings: Settings, sale: str, kind: str) -> bool:
+        """Rebuild one sale; False: it cannot be now, or somebody else does it."""
+        self._rebuilt_at[sale] = time.monotonic()
+        try:
+            report = await rebuild(settings, self.link, self.scripts, sale, actor="worker", reason=kind)
+        except NotNow as error:
+            self._call("rebuild_refused", str(error), sale)
+            return False
+        except Exception:
+            del self._rebuilt_at[sale]  # the loop's backoff is enough
+            raise
+        self._homeless.pop(sale, None)
+        if report is not None:
+            alert("sale_rebuilt", "a sale was made anew from Postgres", sale=sale, seconds=report.seconds)
+        return report is not None
 
     async def pulse(self) -> int:
         """One pulse for each sale: first Redis, then Postgres. Arms what restarted. Returns how many sales beat."""

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import time
 from asyncio.subprocess import PIPE
 from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ from app.answers import (
     Old,
     Waits,
 )
+from app.errors import DidNotHappen
 from app.ledger import confirming, orders
 from app.rebuild import NotNow, Report, rebuild
 from app.sale.snapshot import ItemView
@@ -187,6 +189,26 @@ async def test_a_worker_sees_it_and_mends_it_by_itself(shop: Shop) -> None:
     (entry,) = await shop.sql("SELECT action, detail FROM journal")
     assert entry["action"] == "sale.rebuild"
     assert entry["detail"]["orders_live"] == 1
+
+
+async def test_a_sale_that_cannot_be_mended_holds_up_no_other(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster a node's death takes all its sales at once; the first of them may be in trouble of its own."""
+    tried: list[str] = []
+
+    async def rebuild(_settings: Any, _link: Any, _scripts: Any, sale: str, **_: Any) -> Any:
+        tried.append(sale)
+        if sale == "sick":
+            raise DidNotHappen("its node is away")
+        return type("Report", (), {"seconds": 0.1})()
+
+    monkeypatch.setattr("app.reconcile.rebuild", rebuild)
+    shop.reconciler._homeless = dict.fromkeys(("sick", "a", "b"), (0, time.monotonic() - 60, "promoted"))
+    with pytest.raises(DidNotHappen):
+        await shop.reconciler.mend()
+    assert tried == ["sick", "a", "b"]
+    assert list(shop.reconciler._homeless) == ["sick"]
 
 
 async def test_while_another_workers_pulse_goes_on_nothing_is_rebuilt(shop: Shop) -> None:

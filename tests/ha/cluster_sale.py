@@ -83,6 +83,7 @@ class Stage:
     victim: Node
     dice: random.Random
     fault_at: float = 0.0
+    fault_done: bool = False  # nobody is to be promoted
 
 
 @dataclass
@@ -148,6 +149,14 @@ async def kill_primary(stage: Stage) -> None:
     await asyncio.to_thread(process.wait)
 
 
+async def stop_primary(stage: Stage) -> None:
+    """SIGSTOP: its connections stand, and nothing answers on them. It is killed once its replica is primary."""
+    process = stage.victim.valkey.process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    stage.fault_at = time.monotonic()
+
+
 async def move_slots(stage: Stage) -> None:
     """The slots of its sales go to another primary, live, as an operator would who makes room."""
     target = next(node for node in stage.cluster.primaries() if node is not stage.victim)
@@ -155,6 +164,7 @@ async def move_slots(stage: Stage) -> None:
     for course in stage.courses:
         if course.hit:
             await asyncio.to_thread(stage.cluster.move, slot_of(SaleKeys(course.sale).sale), target)
+    stage.fault_done = True
 
 
 async def play(
@@ -273,11 +283,11 @@ async def _at(course: Course, moment_s: float) -> None:
 
 async def _promoted(stage: Stage) -> float:
     """Seconds from the kill until another server is the primary of those sales; then the corpse is started again."""
-    if stage.victim.valkey.running():
-        return 0.0  # nobody was killed
+    if stage.fault_done:
+        return 0.0
     victim, key = stage.victim, SaleKeys(next(course.sale for course in stage.courses if course.hit)).sale
     deadline = time.monotonic() + RECOVERS_WITHIN_S
-    while (await asyncio.to_thread(_new_primary, stage.cluster, key)) in (None, victim):
+    while (await asyncio.to_thread(_new_primary, stage.cluster, key, victim)) in (None, victim):
         assert time.monotonic() < deadline, "no replica was promoted"
         await asyncio.sleep(0.02)
     took_s = time.monotonic() - stage.fault_at
@@ -286,9 +296,9 @@ async def _promoted(stage: Stage) -> float:
     return took_s
 
 
-def _new_primary(cluster: RedisCluster, key: str) -> Node | None:
+def _new_primary(cluster: RedisCluster, key: str, victim: Node) -> Node | None:
     try:
-        return cluster.primary_of(key)
+        return cluster.primary_of(key, without=victim)
     except AssertionError:
         return None
 

@@ -143,11 +143,11 @@ class RedisCluster:
             if node.valkey.running() and node.ask("INFO", "replication")["role"] == "master"
         ]
 
-    def primary_of(self, key: str) -> Node:
-        """The server that the cluster, as its live nodes see it, sends this key's commands to."""
+    def primary_of(self, key: str, *, without: Node | None = None) -> Node:
+        """The server that the cluster, as its live nodes but `without` see it, sends this key's commands to."""
         slot = slot_of(key)
         for asked in self.nodes:
-            if not asked.valkey.running():
+            if asked is without or not asked.valkey.running():
                 continue
             table = asked.ask("CLUSTER", "SLOTS")
             for first, last, primary, *_ in table:
