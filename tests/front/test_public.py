@@ -41,7 +41,9 @@ async def test_etags_answer_304_until_something_changes(front: Front, shop: Shop
         assert (await front.http.get(path, headers={"If-None-Match": '"other"'})).status_code == 200
     before = (await front.http.get("/v1/sales/x/board")).headers["etag"]
     await front.join("x", "ann")
-    await seen(true=lambda view: view.order[0].next_seq == 2)
+    await seen(
+        true=lambda view: view.order[0].shown[1:2] == (2,)
+    )  # what documents are made of: a look has seen it
     after = await front.http.get("/v1/sales/x/board", headers={"If-None-Match": before})
     assert after.status_code == 200 and after.json()["items"][0]["line"] == 1
 
