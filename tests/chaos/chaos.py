@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
     parser.add_argument("--runs", type=int, default=0, help="sales of each kind, instead of the long form's")
     parser.add_argument("--beside", type=int, default=3, help="sales that go on at once")
+    parser.add_argument("--fsync", action="store_true", help="of Postgres: slow on a disk that others use")
     parser.add_argument("--again", action="store_true", help="play again what was broken on record")
     parser.add_argument("--for-s", type=float, default=0.0, help="begin no further sale after so many s")
     options = parser.parse_args()
@@ -189,7 +190,7 @@ def main() -> int:
 async def run_all(folder: Path, options: argparse.Namespace) -> None:
     """Everything that is not on record yet. Sales wait more than they work, so some go on beside each other."""
     over = {(run.kind, run.seed) for run in runs_of(folder) if run.ok or not options.again}
-    stores, zygote = Stores(durable=True), Zygote()
+    stores, zygote = Stores(durable=options.fsync), Zygote()
     began = time.monotonic()
     short = not options.campaign
     try:

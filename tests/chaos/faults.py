@@ -32,12 +32,12 @@ from app.providers.sandbox_ledger import Ledger
 from tests.chaos.cable import Way
 from tests.chaos.dresses import write_clock
 from tests.chaos.points import POINTS
-from tests.chaos.scenario import SKU, Plan, Stage
+from tests.chaos.scenario import PATIENCE, SKU, Plan, Stage
 
 PROCESSES = ("front", "worker", "office", "sandbox")
 STORES = ("valkey", "postgres")
 STOP_S = 0.6  # of a SIGSTOP: longer than a lease's or a claim's patience here, shorter than the crowd's
-BACK_WITHIN_S = 30.0
+BACK_WITHIN_S = 30.0 * PATIENCE
 HOUR_S = 3_600.0
 SEEN_WITHIN_S = 30.0  # for what must be seen while a fault lasts, on a busy machine
 
@@ -167,7 +167,7 @@ def sweep(seed: int, rounds: int = 1, names: tuple[str, ...] = tuple(POINTS)) ->
         for _ in range(rounds)
     ]
     dice.shuffle(chain)
-    most_s = 30.0 + 3.0 * len(chain)  # on a busy machine; a third of it at rest
+    most_s = (30.0 + 3.0 * len(chain)) * PATIENCE  # on a busy machine; a third of it at rest
 
     async def until_all_are_struck(stage: Stage) -> None:
         seen = 0
