@@ -331,8 +331,9 @@ def the_set(h: History, r: Result) -> None:
     for (sku, seq), tickets in of_seq.items():
         if len(tickets) > 1:
             r.find(f"{sku} seq {seq} was given to {len(tickets)} tickets: {sorted(tickets)}")
+    epochs = h.sale.epoch if h.sale is not None else 1  # who lost a place with Redis may ask again, each time
     for buyer, tickets in of_buyer.items():
-        if len(tickets) > 1 and buyer not in again:
+        if len(tickets) > epochs and buyer not in again:
             r.find(f"{buyer} asked for one ticket and has {len(tickets)}: {sorted(tickets)}", buyer)
     live: dict[str, list[Order]] = defaultdict(list)
     made: dict[tuple[int, str, int], list[Order]] = defaultdict(list)
@@ -354,8 +355,8 @@ def _kept_place(h: History, r: Result, ticket: str, seen: list[Done]) -> None:
     """What Redis acknowledged is still there: the seq that was told has its byte, and a claim became something."""
     last = _end(seen[-1])
     item = h.items.get(last.sku)
-    if item is None or last.seq is None or not h.held or item.epoch > 1:
-        return  # after a rebuild places have new numbers
+    if item is None or last.seq is None or not h.held or not _of_this_epoch(h, seen):
+        return
     byte = _byte(item, last.seq)
     lapsed = any(_end(done).state == "lapsed" for done in seen)
     if byte == "." and not lapsed:
@@ -656,8 +657,14 @@ def _never_back(r: Result, ticket: str, seen: list[Done]) -> None:
 
 
 def the_draw(h: History, r: Result) -> None:
-    if h.sale is None or not h.held or not h.sale.seed or h.sale.epoch > 1:
-        return  # a rebuilt sale keeps the ranks of the draw in its orders, not the draw
+    """Of a sale that was made anew: the draw of its last epoch, and that nobody's rank ever changed."""
+    for ticket, seen in h.told.items():
+        ranks = {_end(done).rank for done in seen} - {None}
+        r.looked_at += bool(ranks) and h.anew
+        if len(ranks) > 1:
+            r.find(f"ticket {ticket} was told the ranks {sorted(ranks)}", _end(seen[-1]).buyer)  # type: ignore[type-var]
+    if h.sale is None or not h.held or not h.sale.seed:
+        return
     seed = bytes.fromhex(h.sale.seed)
     if draw.seed_hash(seed) != h.sale.seed_hash:
         r.find("the seed is not the one that was committed to")
@@ -681,6 +688,8 @@ def the_draw(h: History, r: Result) -> None:
         for ticket, seen in h.told.items():
             last = _end(seen[-1])
             if last.sku == item.sku and last.seq is not None and last.seq <= item.drawn_n:
+                if not _of_this_epoch(h, seen):
+                    continue
                 r.looked_at += 1
                 if ticket != f"{last.seq}-{hashes[last.seq - 1]}":
                     r.find(f"ticket {ticket} was not in the draw as told", last.buyer)
@@ -697,6 +706,11 @@ def the_draw(h: History, r: Result) -> None:
 def _end(done: Done) -> Op:
     assert done.end is not None
     return done.end
+
+
+def _of_this_epoch(h: History, seen: list[Done]) -> bool:
+    """Whether the ticket surely is of the sale's last epoch: the only one, or told after everything was healed."""
+    return not h.anew or any(mark.what == "healed" and mark.at < seen[-1].begun.at for mark in h.marks)
 
 
 def _byte(item: Item, seq: int) -> str:

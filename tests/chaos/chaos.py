@@ -30,7 +30,7 @@ import msgspec
 from app.check_history import report
 from app.record import Mark
 from tests.chaos.kinds import KINDS
-from tests.chaos.scenario import Outcome, Plan, play
+from tests.chaos.scenario import Outcome
 from tests.chaos.system import Zygote
 from tests.conftest import Stores
 
@@ -69,11 +69,11 @@ def of_outcome(kind: str, seed: int, outcome: Outcome) -> Run:
     )
 
 
-async def one(plan: Plan, kind: str, seed: int, zygote: Zygote, stores: Stores, kept: Path) -> Run:
+async def one(kind: str, seed: int, zygote: Zygote, stores: Stores, kept: Path, *, short: bool) -> Run:
     """Play it and say in a line how it went; a broken promise tells its story, and its history is kept."""
     began = time.monotonic()
     try:
-        outcome = await play(plan, zygote, stores, seed)
+        outcome = await KINDS[kind].play(seed, zygote, stores, short)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is written down and the next run begins
         run = Run(
             kind=kind, seed=seed, ok=False, rested=False, ops=0, survived={}, at=time.time(),
@@ -197,9 +197,7 @@ async def run_all(folder: Path, options: argparse.Namespace) -> None:
         with (folder / "runs.jsonl").open("ab", buffering=0) as file:
 
             async def go(kind: str, seed: int) -> None:
-                of = KINDS[kind]
-                plan = (of.short if short and of.short else of.plan)(seed)
-                run = await one(plan, kind, seed, zygote, stores, folder / "broken")
+                run = await one(kind, seed, zygote, stores, folder / "broken", short=short)
                 file.write(msgspec.json.encode(run) + b"\n")
 
             wanted = [one for one in todo(options.only, options.seed, options.runs) if one not in over]

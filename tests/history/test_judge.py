@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from app import draw
 from app.check_history import check_history, report
 from app.history.judge import judge
 from app.record import (
@@ -97,7 +98,12 @@ def item(lines: list[Line]) -> Item:
 
 
 def order_is_lost(lines: list[Line], dice: Dice) -> list[Line]:
-    order = pick(lines, Order, dice)
+    told = {
+        line.order for line in lines if isinstance(line, Op)
+    }  # of one that nobody was told of, `queue` knows
+    order = pick(
+        [line for line in lines if not isinstance(line, Order) or line.order_no in told], Order, dice
+    )
     return without(lines, order)
 
 
@@ -458,6 +464,52 @@ def test_a_claim_lapses_and_its_seq_is_given_again_only_when_a_sale_was_made_ane
         ),
     ]
     assert judge(lines).broken == broken
+
+
+def anew(*, outcome: str = "", drawn_n: int = 0, seed_hash: str = "") -> list[Line]:
+    """The end of a sale that was made anew once, everything healed at 1.5 s."""
+    seed = bytes(32)
+    committed = seed_hash or draw.seed_hash(seed)
+    chain = draw.chain_start("s", SKU, 2, committed)
+    return [
+        Mark(at=1.5, what="healed"),
+        Sale(
+            at=9.0, sale="s", state="closed", epoch=2, limit=1, standby=False, held=True, redis_epoch=2,
+            seed=seed.hex(), seed_hash=committed,
+        ),
+        Item(
+            sku=SKU, epoch=2, total=5, reserved=0, sold=0, left=5, next_seq=len(outcome) + 1, drawn=True,
+            drawn_n=drawn_n, drawn_key=draw.draw_key(seed, chain, ""), chain=chain, outcome=outcome,
+        ),
+    ]  # fmt: skip
+
+
+def test_in_a_sale_made_anew_a_place_told_after_healing_is_there() -> None:
+    waits = polled("7-a", "ann", "waiting", "waiting")
+    assert judge([*waits, *anew(outcome="......w")]).ok
+    assert "Redis never heard of it" in str(judge([*waits, *anew(outcome="......")]).results)
+    assert judge([*polled("7-a", "ann", "waiting"), *anew(outcome="......")]).ok, (
+        "told before: lost with Redis"
+    )
+
+
+def test_in_a_sale_made_anew_the_commitment_stands_and_nobody_changes_rank() -> None:
+    assert judge(anew()).ok
+    assert judge(anew(seed_hash="0" * 64)).broken == {"draw"}
+    assert judge(anew(drawn_n=1)).broken == {"draw"}, "a draw without its tickets"
+    twice = [
+        msgspec.structs.replace(line, rank=int(line.at))
+        for line in polled("7-a", "ann", "waiting", "waiting")
+    ]
+    assert judge([*twice, *anew(outcome="......w")]).broken == {"draw"}
+
+
+def test_who_lost_a_place_with_redis_may_ask_again_once_for_each_rebuild() -> None:
+    def tickets(count: int) -> list[Line]:
+        return [line for n in range(count) for line in polled(f"{n + 7}-a", "ann", "lapsed", seq=n + 7)]
+
+    assert judge([*tickets(2), *anew()]).ok
+    assert judge([*tickets(3), *anew()]).broken == {"set"}
 
 
 def test_one_seq_has_one_order_in_a_sale_that_was_made_anew_too() -> None:
