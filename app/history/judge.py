@@ -46,6 +46,7 @@ from app.record import (
 from app.states import ARROWS, LIVE, TicketState
 
 AGREE_WITHIN_S = 60.0
+STALE_S = 3.0  # a front door tells from what it has seen for so long (snapshot_stale_s)
 FINDINGS_MAX = 20  # shown of one check; the count is exact
 
 LIVE_WORDS = frozenset(state.value for state in LIVE)
@@ -709,8 +710,9 @@ def _end(done: Done) -> Op:
 
 
 def _of_this_epoch(h: History, seen: list[Done]) -> bool:
-    """Whether the ticket surely is of the sale's last epoch: the only one, or told after everything was healed."""
-    return not h.anew or any(mark.what == "healed" and mark.at < seen[-1].begun.at for mark in h.marks)
+    """Whether the ticket surely is of the sale's last epoch: the only one, or told well after everything was healed."""
+    told_s = seen[-1].begun.at - STALE_S
+    return not h.anew or any(mark.what == "healed" and mark.at < told_s for mark in h.marks)
 
 
 def _byte(item: Item, seq: int) -> str:
