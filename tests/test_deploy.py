@@ -15,6 +15,7 @@ import yaml
 
 from app.embedded import Valkey, free_port
 from app.settings import SECRETS, Settings
+from tests.ha.redis_watched import Sentinel
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 
@@ -51,6 +52,20 @@ def test_cluster_conf_on_top_of_redis_conf_is_accepted(tmp_path: Path) -> None:
                 assert client.config_get(name)[name] == given[name]
     finally:
         server.kill()
+
+
+def test_sentinel_conf_is_accepted(tmp_path: Path) -> None:
+    sentinel = Sentinel(tmp_path / "sentinel", "secret")
+    lines = (DEPLOY / "sentinel.conf").read_text().replace(" redis1 ", " 127.0.0.1 ").splitlines()
+    settings = [line.rpartition(" ") for line in lines if line.strip() and not line.startswith("#")]
+    sentinel.settings = {name: value for name, _, value in settings if name not in ("port", "dir")}
+    try:
+        sentinel.start()
+        with contextlib.closing(redis_sync.Redis(port=sentinel.port, password="secret")) as client:
+            answer = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "fairdrop")
+        assert answer == [b"127.0.0.1", b"6379"]
+    finally:
+        sentinel.kill()
 
 
 @pytest.mark.stores_matrix
