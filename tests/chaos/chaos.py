@@ -183,6 +183,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     asyncio.run(run_all(folder, options))
     runs = runs_of(folder)
+    if not options.campaign and all(run.ok for run in runs):
+        shutil.rmtree(folder)
     print("\n".join(summary(runs)))
     return 1 if any(not run.ok for run in runs) else 0
 
