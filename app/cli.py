@@ -129,8 +129,9 @@ def worker(host: Host = None, port: Port = None) -> None:
     settings = _settings(worker_host=host, worker_port=port)
     _logging(settings, "worker")
     from app import worker as worker_process
-    from app.serve import run
+    from app.serve import keep_what_has_started, run
 
+    keep_what_has_started()  # its modules: a collection that walks them all stalls every loop of the worker
     run(worker_process.run(settings))
 
 
