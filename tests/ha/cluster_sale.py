@@ -41,7 +41,7 @@ OPENS_IN_S = 1.2
 KILL_AT_S = 2.5  # after the opening
 RECOVERS_WITHIN_S = 60.0  # on a machine that has other things to do
 PEOPLE_WITHIN_S = 20.0
-REST_WITHIN_S = 15.0
+REST_WITHIN_S = 40.0  # an outbox row that Redis could not take waits up to 15 s for its next try
 
 # A busy machine looks like a sick supplier, and the sales would slow down for it.
 PATIENT = {
