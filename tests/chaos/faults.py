@@ -221,7 +221,7 @@ def cuts(seed: int, count: int = 4) -> Plan:
             how = dice.choice(list(WAYS))
             stage.fault(f"cut of {thing}, {how}")
             cable.cut(*WAYS[how])
-            await asyncio.sleep(1.2 + dice.random() * 1.4)  # not a wait of a test: the fault itself
+            await asyncio.sleep(2.2 + dice.random())  # not a wait of a test: the fault itself
             cable.heal("deliver" if dice.random() < 0.5 else "reset")
             await asyncio.sleep(dice.random() * 0.6)
 
@@ -229,10 +229,10 @@ def cuts(seed: int, count: int = 4) -> Plan:
         f"cuts-{seed}",
         units=6,
         pay_within_s=3,
-        buyers=lambda dice: all_sorts(dice, 2.4 * count),
+        buyers=lambda dice: all_sorts(dice, 3.0 * count),
         control={"late_pay": True},
         cabled=tuple(ENDS),
-        environment={"FAIRDROP_DATABASE_DEADLINE_S": "1"},
+        environment={"FAIRDROP_DATABASE_DEADLINE_S": "2"},
         meanwhile=(top_ups,),
         fault=cut,
         open_for_s=4.0,
