@@ -18,20 +18,14 @@ NOT_HERE = ("test_readme", "sealed")
 
 
 def main(arguments: list[str]) -> int:
-    home = Path(tempfile.mkdtemp(prefix="fairdrop-stories-"))
-    home.chmod(0o711)
-    with RedisCluster(home / "redis") as cluster:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "tests/story",
-            "-k",
-            " and ".join(f"not {one}" for one in NOT_HERE),
-        ]
-        environment = os.environ | {"FAIRDROP_TEST_REDIS_URL": cluster.url}
-        return subprocess.run([*command, *arguments], env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory(prefix="fairdrop-stories-") as folder:
+        home = Path(folder)
+        home.chmod(0o711)
+        with RedisCluster(home / "redis") as cluster:
+            chosen = " and ".join(f"not {one}" for one in NOT_HERE)
+            command = [sys.executable, "-m", "pytest", "-q", "tests/story", "-k", chosen]
+            environment = os.environ | {"FAIRDROP_TEST_REDIS_URL": cluster.url}
+            return subprocess.run([*command, *arguments], env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
