@@ -256,11 +256,14 @@ async def a_join_gets_503(stage: Stage) -> None:
     async with httpx.AsyncClient(base_url=stage.system.url("front"), trust_env=False, timeout=10) as anyone:
 
         async def refused() -> bool:
-            answer = await anyone.post(
-                f"/v1/sales/{stage.sale}/tickets",
-                json={"sku": SKU, "units": 1},
-                headers={"X-Buyer-Id": f"probe-{secrets.token_hex(4)}"},
-            )
+            try:
+                answer = await anyone.post(
+                    f"/v1/sales/{stage.sale}/tickets",
+                    json={"sku": SKU, "units": 1},
+                    headers={"X-Buyer-Id": f"probe-{secrets.token_hex(4)}"},
+                )
+            except httpx.HTTPError:
+                return False
             return answer.status_code == 503 and answer.headers.get("retry-after", "").isdigit()
 
         await stage.until(refused, SEEN_WITHIN_S)

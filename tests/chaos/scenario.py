@@ -396,7 +396,10 @@ async def _known(system: System, sale: str) -> None:
     """The front has seen the new sale."""
     async with httpx.AsyncClient(base_url=system.url("front"), trust_env=False) as anyone:
         deadline = time.monotonic() + SET_UP_WITHIN_S
-        while (await anyone.get(f"/v1/sales/{sale}")).status_code != 200:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await anyone.get(f"/v1/sales/{sale}")).status_code == 200:
+                    return
             assert time.monotonic() < deadline, "the front never saw the sale"
             await asyncio.sleep(0.02)
 
