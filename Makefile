@@ -11,7 +11,7 @@ BIN := .venv/bin
 MADE := .venv/.made-by-make
 MADE_DEV := .venv/.made-for-tests
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n < 2 ? 2 : n > 6 ? 6 : n )))
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n < 2 ? 2 : n > 5 ? 6 : n + 1 )))
 ARGS ?=
 TESTS ?= tests
 

@@ -218,6 +218,14 @@ class Stores:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first, so that none of them is what everybody waits for in the end."""
+    items.sort(
+        key=lambda item: 0 if "test_chaos" in item.nodeid else 1 if item.get_closest_marker("slow") else 2
+    )
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("stores_matrix") and "store_kind" in metafunc.fixturenames:
         metafunc.parametrize("store_kind", store_kinds(), indirect=True)

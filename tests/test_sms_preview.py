@@ -67,7 +67,7 @@ async def test_a_sales_own_words_are_shown(office: Office) -> None:
     assert seen.status == 0, seen.err
     for one in seen.json["data"]:
         assert "Spring drop" in one["text"] and drafted["items"][0]["title"] in one["text"]
-        assert one["suppliers"] == {"sandbox": {"way": "text"}}
+        assert one["suppliers"] == {"sandbox-sms": {"way": "text"}}
     assert (await fairdrop("sms", "preview", "--sale", "nope", office=office)).status == 1
 
 

@@ -384,7 +384,7 @@ def test_a_wrong_password_is_one_sentence(folder: Path, valkey: Valkey, database
 def test_an_old_redis_is_one_sentence(folder: Path) -> None:
     with old_redis() as port:
         said = refused(folder, *PORTS, env={"FAIRDROP_REDIS_URL": f"redis://127.0.0.1:{port}/0"})
-    assert said == f"fairdrop: Redis 7 or newer is needed; the one at 127.0.0.1:{port} is 6.2.14"
+    assert said == f"fairdrop: Redis 6.2.14 at 127.0.0.1:{port} is too old: 7 or newer is needed"
 
 
 @contextlib.contextmanager

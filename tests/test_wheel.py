@@ -97,10 +97,11 @@ def test_the_command_works_in_an_empty_folder(python: Path, tmp_path: Path) -> N
         assert command in done.stdout
 
 
-def test_the_benchmark_says_that_it_needs_the_checkout(python: Path, tmp_path: Path) -> None:
-    done = run(python, tmp_path, "-m", "app.cli", "bench", "--quick")
+@pytest.mark.parametrize("command", ["bench", "rehearse"])
+def test_commands_of_the_checkout_say_so(python: Path, tmp_path: Path, command: str) -> None:
+    done = run(python, tmp_path, "-m", "app.cli", command)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("fairdrop: the benchmark is part of the checkout")
+    assert done.stderr.startswith("fairdrop: this command is part of the checkout")
 
 
 def test_scripts_and_migrations_are_found_from_the_wheel(python: Path, tmp_path: Path) -> None:

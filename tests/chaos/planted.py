@@ -20,6 +20,8 @@ from app.settings import Settings
 from tests.chaos.faults import bring_older_log, made_anew, pulse
 from tests.chaos.scenario import Plan, Stage, people
 
+RELEASE_TAKES_S = 4  # from its row to Redis, where a rebuild overtakes it
+
 
 async def answers_are_lost(stage: Stage) -> None:
     """Joins are executed, and nobody hears of it."""
@@ -83,6 +85,8 @@ async def a_rebuild_overtakes_a_release(stage: Stage) -> None:
         return bool(rows) and not held
 
     await stage.until(due)
+    loop = asyncio.get_running_loop()
+    on_its_way_until = loop.time() + RELEASE_TAKES_S
     stage.fault("fairdrop rebuild, while a release is on its way")
     settings = Settings(redis_url=stage.valkey.url, database_url=stage.database_url)
     link = Link(settings.redis_url, name="rebuild")
@@ -93,6 +97,13 @@ async def a_rebuild_overtakes_a_release(stage: Stage) -> None:
         await link.close()
     assert report is not None
     assert report.epoch == 2
+
+    async def arrived() -> bool:
+        return loop.time() > on_its_way_until + 0.5
+
+    await stage.until(
+        arrived
+    )  # the sale may be at rest before: Postgres has closed what the rebuild overtook
 
 
 async def the_stock_is_lost(stage: Stage) -> None:
@@ -220,7 +231,7 @@ PLANS: dict[str, Plan] = {
             units=3,
             pay_within_s=1,
             buyers=three_who_never_pay,
-            points={"worker": "relay.before_script:sleep=4"},
+            points={"worker": f"relay.before_script:sleep={RELEASE_TAKES_S}"},
             fault=a_rebuild_overtakes_a_release,
             open_for_s=6.0,
         ),

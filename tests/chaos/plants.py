@@ -173,11 +173,16 @@ def no_epoch_check() -> None:
         (FENCE, "if false then"),
     )
     lua(["sale_rearm"], ("if pulse < tonumber(ARGV[4]) then", "if false then"))
+    nothing_is_missing()
 
-    async def nothing_is_missing(*_: Any) -> str:
+
+def nothing_is_missing() -> None:
+    """A Redis that starts again is not asked whether it knows what Postgres saw told."""
+
+    async def missing(*_: Any) -> str:
         return ""
 
-    Reconciler._lacks = nothing_is_missing  # type: ignore[method-assign]
+    Reconciler._lacks = missing  # type: ignore[method-assign]
 
 
 def _source(name: str) -> str:
@@ -255,8 +260,9 @@ def new_key_each_retry() -> None:
     GuardedPayment.create = renamed  # type: ignore[method-assign]
 
 
-def nothing() -> None:
-    """The bug is in a store's configuration (see the scenario)."""
+def everysec() -> None:
+    """The bug is in Redis' configuration (see the scenario), and nobody sees that its log has lost its end."""
+    nothing_is_missing()
 
 
 PLANTS: dict[str, Callable[[], None]] = {
@@ -274,5 +280,5 @@ PLANTS: dict[str, Callable[[], None]] = {
     "stale_status": stale_status,
     "missing_stock_is_zero": missing_stock_is_zero,
     "new_key_each_retry": new_key_each_retry,
-    "everysec": nothing,
+    "everysec": everysec,
 }

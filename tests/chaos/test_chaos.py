@@ -21,11 +21,11 @@ from tests.chaos.scenario import Outcome, play
 from tests.chaos.system import Zygote
 from tests.conftest import Stores
 
+pytestmark = pytest.mark.slow
+
 BESIDE = [kind for kind, of in KINDS.items() if of.beside and kind != "sweep"]
 SEEDS = 5  # of each crash point
 KILLS = 10  # of each process and store, in two sales
-
-
 AT_ONCE = 3  # sales; each is some six processes, and they wait more than they work
 
 

@@ -320,11 +320,9 @@ async def test_what_a_call_back_says_of_a_person_is_not_kept(till: Money) -> Non
         await _send(till, _hook(declined, id="evt_2", type="payment.declined", state="declined", **person))
         == 200
     )
-    rows = await till.sql(
-        "SELECT convert_from(body, 'LATIN1') AS text, length(body) AS size FROM webhook_inbox"
-    )
-    assert [row["size"] for row in rows] == [32, 32]
-    assert not any("13812345678" in row["text"] or "example.org" in row["text"] for row in rows)
+    rows = await till.sql("SELECT body FROM webhook_inbox")
+    assert [len(row["body"]) for row in rows] == [32, 32]
+    assert not any(b"13812345678" in row["body"] or b"example.org" in row["body"] for row in rows)
 
 
 async def test_forged_bent_and_foreign_call_backs_are_refused(till: Money) -> None:
