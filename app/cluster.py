@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.link import CALLS_MAX, CANNOT_CONNECT, CONNECT_DEADLINE_S, Arg, Link, Rejected, Reply, pack
+from app.redis_address import REDIS_PORT, place_of
 
 log = logging.getLogger("fairdrop.redis")
 
@@ -107,7 +108,7 @@ class Cluster(Link):
             user, _, password = userinfo.partition(":")
             if parts.path.strip("/") not in ("", "0"):
                 raise ValueError("a cluster has one database")
-            self._seeds = [_place(one) for one in hosts.split(",")]
+            self._seeds = [place_of(one, REDIS_PORT) for one in hosts.split(",")]
         except ValueError as error:
             raise CannotStart(
                 "the Redis address (FAIRDROP_REDIS_URL) is not a URL like"
@@ -424,11 +425,6 @@ class Cluster(Link):
             await asyncio.sleep(self.deadline_s)
         finally:
             await node.close()
-
-
-def _place(host: str) -> tuple[str, int]:
-    found = urlsplit(f"//{host}")
-    return found.hostname or "127.0.0.1", found.port or 6379
 
 
 def _node_of(told: Sequence[Any], asked: tuple[str, int]) -> tuple[str, int]:

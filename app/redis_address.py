@@ -50,7 +50,7 @@ class Address:
             if len(path) > 1 or (watched and not service):
                 raise ValueError("no service")
             places = [
-                _place(host, SENTINEL_PORT if watched else REDIS_PORT)
+                place_of(host, SENTINEL_PORT if watched else REDIS_PORT)
                 for host in (hosts.split(",") if watched else [hosts])
             ]
         except ValueError as error:
@@ -98,7 +98,7 @@ class Address:
         return (named.host, named.port) != (self.host, self.port) and named.config_epoch >= self._config_epoch
 
 
-def _place(host: str, port: int) -> tuple[str, int]:
+def place_of(host: str, port: int) -> tuple[str, int]:
     """`host:port`, `host`, `[::1]:port`; empty: this machine. ValueError: it is none of these."""
     found = urlsplit(f"//{host}")
     return found.hostname or "127.0.0.1", found.port or port

@@ -6,8 +6,8 @@ import asyncio
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from app import wire
 from app.serve import drop_who_does_not_read, listen
 from app.settings import Settings
 from app.wire import http_protocol, limit_of_connections
+from tests.sockets import clients
 
 POST = b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 GET = b"GET /hot HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -125,23 +126,6 @@ async def ask(port: int, request: bytes = GET) -> bytes:
         writer.close()
 
 
-@contextmanager
-def clients(port: int, count: int) -> Iterator[list[socket.socket]]:
-    """Connected sockets that do nothing of themselves."""
-    opened: list[socket.socket] = []
-    try:
-        for _ in range(count):
-            one = socket.socket()
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-            one.settimeout(10)
-            one.connect(("127.0.0.1", port))
-            opened.append(one)
-        yield opened
-    finally:
-        for one in opened:
-            one.close()
-
-
 async def test_a_body_that_never_ends_is_disconnected() -> None:
     async with serving(body_within_s=0.4) as front:
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
@@ -183,7 +167,7 @@ async def test_a_slow_but_honest_client_is_answered() -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 async def test_a_client_that_does_not_read_is_disconnected_and_its_answer_ends() -> None:
     async with serving(read_within_s=0.5) as front:
-        with clients(front.port, 1) as (silent,):
+        with clients(front.port, 1, small=True, within_s=10) as (silent,):
             silent.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
             await until(lambda: front.shop.big_sent)
             await until(lambda: front.connections == 0)
@@ -193,7 +177,7 @@ async def test_a_client_that_does_not_read_is_disconnected_and_its_answer_ends()
 
 async def test_one_connection_too_many_is_told_so_and_the_others_stay() -> None:
     async with serving(connections_max=20) as front:
-        with clients(front.port, 20) as opened:
+        with clients(front.port, 20, small=True, within_s=10) as opened:
             await until(lambda: front.connections == 20)
             reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
             writer.write(GET)
@@ -260,7 +244,7 @@ async def test_a_hundred_bad_clients_cost_the_others_nothing() -> None:
         alone = await p99_ms(front)
         process = psutil.Process()
         memory = process.memory_info().rss
-        with clients(front.port, 150) as opened:
+        with clients(front.port, 150, small=True, within_s=10) as opened:
             for number, one in enumerate(opened):
                 one.sendall((b"GET /ho", POST + b"abc", b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")[number % 3])
             await until(lambda: front.shop.big_sent >= 50 * 65_536)

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from app.embedded import free_port
+from tests.sockets import clients
 
 HONEST = 10_000  # connections that are kept, as a crowd in front of the minute does
 HONEST_BYTES = 12_000  # of each at most: uvicorn's and uvloop's objects, and the parser's; measured: 7,300
@@ -88,23 +89,6 @@ def answers(port: int) -> bool:
         one.sendall(TIME)
         return one.recv(1_000).startswith(b"HTTP/1.1 200")
     return False
-
-
-@contextmanager
-def clients(port: int, count: int, *, small: bool = False) -> Iterator[list[socket.socket]]:
-    opened: list[socket.socket] = []
-    try:
-        for _ in range(count):
-            one = socket.socket()
-            if small:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-            one.settimeout(20)
-            one.connect(("127.0.0.1", port))
-            opened.append(one)
-        yield opened
-    finally:
-        for one in opened:
-            one.close()
 
 
 def settled(front: Front) -> int:
