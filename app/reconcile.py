@@ -204,10 +204,6 @@ class Reconciler:
         if known is None or known[0] != home.pulse:  # or somebody's pulse: its home is elsewhere
             self._homeless[home.sale] = (home.pulse, time.monotonic(), kind)
 
-    async def copy_routes(self) -> None:
-        """See the function of this name."""
-        await copy_routes(self.engine, self.link)
-
     async def mend(self) -> int:
         """Rebuild sales that have been without a home for long enough, several at once. Returns how many.
 

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from app.purchase.degrade.advise import Advisor
 from app.purchase.degrade.extend import Extender
 from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.purchase.release import PayAsk, Releaser
-from app.reconcile import Reconciler
+from app.reconcile import Reconciler, copy_routes
 from app.scripts import Scripts
 from app.settings import Settings
 from app.shop import push
@@ -537,7 +538,7 @@ class Worker:
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)
                 loop("events", self.number_events, EVENTS_EVERY_S)
                 loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)
-                loop("routes-copy", self.reconciler.copy_routes, ROUTES_EVERY_S)
+                loop("routes-copy", once(partial(copy_routes, self.engine, self.link)), ROUTES_EVERY_S)
                 loop("rebuild", once(self.reconciler.mend), MEND_EVERY_S)
                 loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
                 loop("bills", self.biller.turn, BILLS_EVERY_S)
