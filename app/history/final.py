@@ -65,10 +65,10 @@ async def finish(
             if link.connected:
                 break
             await asyncio.sleep(LOOK_EVERY_S)
-        rested = await at_rest(database, link, sale_id, within_s=within_s)
+        rested, last = await at_rest(database, link, sale_id, within_s=within_s)
         if rested:
-            record.mark("agreed")
-        record.mark("drained", "" if rested else "not at rest")
+            record.mark("agreed", last and f"waited last for {last}")
+        record.mark("drained", "" if rested else f"not at rest: {last}")
         record.add_all(await final(database, link, sale_id, at=record.clock()))
     finally:
         await link.close()
@@ -93,13 +93,15 @@ async def final(engine: AsyncEngine, link: Link, sale_id: str, *, at: float) -> 
     return _lines(rows, item_books, redis, link.home_of(SaleKeys(sale_id).sale), at)
 
 
-async def at_rest(engine: AsyncEngine, link: Link, sale_id: str, *, within_s: float) -> bool:
+async def at_rest(engine: AsyncEngine, link: Link, sale_id: str, *, within_s: float) -> tuple[bool, str]:
     """Wait until nothing of the sale is under way: no claim, ask, outbox row, unfinished order or refund.
 
-    False: something still was after `within_s`; the history is judged as it is.
+    Returns whether it came to rest, and what was the last that was under way. False: something still was after
+    `within_s`; the history is judged as it is.
     """
     deadline = time.monotonic() + within_s
     keys = SaleKeys(sale_id)
+    last = ""
     while True:
         try:
             backlog, asks = await link.pipeline([("XLEN", keys.orders), ("XLEN", keys.asks)])
@@ -109,10 +111,12 @@ async def at_rest(engine: AsyncEngine, link: Link, sale_id: str, *, within_s: fl
             if time.monotonic() > deadline or not (isinstance(error, Unknown) or engines.passes(error)):
                 raise  # on a machine that has too much to do one look in vain says nothing
         else:
-            if not (backlog or asks or busy) and not isinstance(backlog, Exception):
-                return True
+            busy = {name: count for name, count in {"claims": backlog, "asks": asks, **busy}.items() if count}
+            if not busy:
+                return True, last
+            last = ", ".join(f"{name} {count}" for name, count in busy.items())
             if time.monotonic() > deadline:
-                return False
+                return False, last
         await asyncio.sleep(LOOK_EVERY_S)
 
 

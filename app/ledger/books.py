@@ -251,19 +251,20 @@ async def refunds(conn: AsyncConnection, order_no: str) -> Sequence[RowMapping]:
     return found.mappings().all()
 
 
-async def under_way(conn: AsyncConnection, sale: str) -> int:
-    """How much of a sale is not at rest: unpaid orders, money to be weighed or given back, rows Redis is to be told."""
+async def under_way(conn: AsyncConnection, sale: str) -> dict[str, int]:
+    """What of a sale is not at rest: unpaid orders, money to be weighed or given back, rows Redis is to be told."""
     found = await conn.execute(
         text(
             """
             SELECT (SELECT count(*) FROM purchase_order WHERE sale = :sale AND state IN ('reserved', 'refunding'))
-                 + (SELECT count(*) FROM outbox WHERE sale = :sale AND state = 'due')
-                 + (SELECT count(*) FROM capture c JOIN purchase_order p USING (order_no)
-                     WHERE p.sale = :sale AND c.state IN ('due', 'refund_due'))
-                 + (SELECT count(*) FROM payment_attempt a JOIN purchase_order p USING (order_no)
-                     WHERE p.sale = :sale AND a.state IN ('wanted', 'created', 'sent', 'unknown'))
+                     AS orders,
+                   (SELECT count(*) FROM outbox WHERE sale = :sale AND state = 'due') AS outbox,
+                   (SELECT count(*) FROM capture c JOIN purchase_order p USING (order_no)
+                     WHERE p.sale = :sale AND c.state IN ('due', 'refund_due')) AS captures,
+                   (SELECT count(*) FROM payment_attempt a JOIN purchase_order p USING (order_no)
+                     WHERE p.sale = :sale AND a.state IN ('wanted', 'created', 'sent', 'unknown')) AS attempts
             """
         ),
         {"sale": sale},
     )
-    return int(found.scalar_one())
+    return {name: count for name, count in found.mappings().one().items() if count}

@@ -250,3 +250,5 @@ class Play:
                         byte=BYTE[player.order.state],
                     )
                 )
+            if player.state == "paid" and self.dice.random() < 0.3:  # told again after the stores were read
+                self._money(player, "hook", 1, event=f"late{player.seq}")
