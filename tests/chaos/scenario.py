@@ -45,6 +45,9 @@ FREEZE_S = 0
 PATIENCE = float(os.environ.get("FAIRDROP_TEST_PATIENCE", "1"))
 PEOPLE_WITHIN_S = 15.0  # after the close, for everybody's last answer
 REST_WITHIN_S = 50.0 * PATIENCE  # at most: stores shall agree within 60 s of healing
+CALLS_WITHIN_S = (
+    30.0 * PATIENCE
+)  # repeats of call-backs that met nobody: the longest wait between them is 15 s
 SET_UP_WITHIN_S = 60.0 * PATIENCE
 
 
@@ -275,6 +278,7 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
             cables,
         )
         ended = await _let_them_in(plan, stage, patience_s=3.0 if planted else PEOPLE_WITHIN_S)
+        await calls_come_through(sandbox, within_s=CALLS_WITHIN_S if not planted else 1.0)
         rested = await finish(
             record,
             sale,
@@ -319,6 +323,16 @@ async def _let_them_in(plan: Plan, stage: Stage, *, patience_s: float) -> list[B
         ended = await asyncio.gather(*going, return_exceptions=True)
         await asyncio.gather(*beside, return_exceptions=True)
     return ended
+
+
+async def calls_come_through(sandbox: Desk, *, within_s: float) -> None:
+    """Wait until the supplier calls nobody any more: of late money on a closed link we learn by nothing else."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):  # it may just have been killed
+            if not (await sandbox.get("/stats"))["hooks_under_way"]:
+                return
+        await asyncio.sleep(0.2)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -32,7 +32,16 @@ from app.history.final import finish
 from app.history.judge import judge
 from app.record import Line, Mark, Op, Recorder, Sale, encode, read
 from tests.chaos.faults import BACK_WITHIN_S, all_sorts, bring_back, top_ups
-from tests.chaos.scenario import REST_WITHIN_S, Outcome, Plan, Stage, _close, play
+from tests.chaos.scenario import (
+    CALLS_WITHIN_S,
+    REST_WITHIN_S,
+    Outcome,
+    Plan,
+    Stage,
+    _close,
+    calls_come_through,
+    play,
+)
 from tests.chaos.system import System, Zygote
 from tests.conftest import Stores
 
@@ -222,7 +231,7 @@ async def heal(aside: Aside, cut: int, zygote: Zygote, stores: Stores) -> Outcom
         environment={"FAIRDROP_REBUILD_AFTER_S": "0.3", "FAIRDROP_REBUILD_EVERY_MIN_S": "1"},
     )
     shutil.copy(aside.folder / "supplier.jsonl", system.ledger)
-    desk = Desk(system.url("office"), system.operator_key)
+    desk, sandbox = Desk(system.url("office"), system.operator_key), Desk(system.url("sandbox"), "")
     before = as_remembered(read(aside.folder / "history.jsonl"), aside.surely_written_before(cut))
     record = Recorder(folder / "history.jsonl")
     try:
@@ -230,6 +239,7 @@ async def heal(aside: Aside, cut: int, zygote: Zygote, stores: Stores) -> Outcom
         await wait_for_home(valkey, database_url, aside.sale)
         record.mark("healed")
         await _close(desk, aside.sale)
+        await calls_come_through(sandbox, within_s=CALLS_WITHIN_S)
         rested = await finish(
             record,
             aside.sale,
@@ -240,6 +250,7 @@ async def heal(aside: Aside, cut: int, zygote: Zygote, stores: Stores) -> Outcom
         )
     finally:
         await desk.close()
+        await sandbox.close()
         system.close()
         valkey.kill()
         record.close()

@@ -386,6 +386,19 @@ async def test_call_backs_come_doubled_shuffled_and_forged_when_told_to(
     assert (await shop.stats()).get("forged_taken", 0) == 0
 
 
+async def test_late_money_is_called_back_about_whatever_is_dropped(shop: Shop, providers: Providers) -> None:
+    await shop.control(hooks={"copies": 3, "drop_rate": 1}, late_pay=True)
+    take = Taken(providers)
+    async with hook_listener(take) as office:
+        await shop.press(await link(providers, "A1", notify_url=f"{office}/v1/hooks/sandbox"))
+        late = await link(providers, "A2", notify_url=f"{office}/v1/hooks/sandbox")
+        await providers.payment["sandbox"].close(ref("A2"))
+        await shop.press(late)
+        await until(lambda: not shop.state.tasks)
+    assert len(take.good) == 1  # of A2, about which nobody would ask
+    assert (await shop.stats())["hooks_dropped"] == 5
+
+
 def test_any_flipped_bit_of_a_call_back_is_refused() -> None:
     body = b'{"id":"evt_1","type":"payment.paid","merchant":"fairdrop"}'
     secrets, now = [SECRET.encode()], 1_750_000_000.0
