@@ -23,6 +23,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -49,11 +50,15 @@ class Run(msgspec.Struct, kw_only=True):
     deaths: int = 0
     surprises: int = 0
     at: float = 0.0
+    agreed_s: float = 0.0  # from the healing until nothing was under way any more; 0: unknown
+    waited_for: str = ""  # what was the last that was under way
 
 
 def of_outcome(kind: str, seed: int, outcome: Outcome) -> Run:
     marks = Counter(line.note for line in outcome.lines if isinstance(line, Mark) and line.what == "fault")
     marks["poison"] = outcome.poisoned
+    healed = [line.at for line in outcome.lines if isinstance(line, Mark) and line.what == "healed"]
+    agreed = [line for line in outcome.lines if isinstance(line, Mark) and line.what == "agreed"]
     return Run(
         kind=kind,
         seed=seed,
@@ -66,6 +71,8 @@ def of_outcome(kind: str, seed: int, outcome: Outcome) -> Run:
         deaths=len(outcome.deaths),
         surprises=len(outcome.surprises),
         at=time.time(),
+        agreed_s=round(agreed[-1].at - healed[-1], 1) if healed and agreed else 0.0,
+        waited_for=agreed[-1].note if agreed else "",
     )
 
 
@@ -84,7 +91,11 @@ async def one(kind: str, seed: int, zygote: Zygote, stores: Stores, kept: Path, 
         return run
     run = of_outcome(kind, seed, outcome)
     word = "ok" if run.ok else "BROKEN"
-    print(f"{kind} {seed}: {word}, {run.seconds} s, {run.ops} operations, {run.survived}", flush=True)
+    print(
+        f"{kind} {seed}: {word}, {run.seconds} s, {run.ops} operations, {run.survived},"
+        f" at rest after {run.agreed_s} s, {run.waited_for}",
+        flush=True,
+    )
     for surprise in outcome.surprises[:3]:
         print(f"  surprise: {str(surprise)[:300]}")
     if run.ok:
@@ -134,12 +145,15 @@ def summary(runs: list[Run]) -> Iterator[str]:
             struck.update(run.survived)
         else:
             broken[run.kind].append(run.seed)
-    yield "| kind of sale | sales | seeds | broken | operations | s |"
-    yield "|---|---|---|---|---|---|"
+    yield "| kind of sale | sales | seeds | broken | operations | s | at rest after healing, s: median, most |"
+    yield "|---|---|---|---|---|---|---|"
     for kind in sales:
         ops = sum(run.ops for run in runs if run.kind == kind)
         span = f"{min(seeds[kind])}–{max(seeds[kind])}"
-        yield f"| {kind} | {sales[kind]} | {span} | {broken.get(kind) or 0} | {ops} | {seconds[kind]:.0f} |"
+        rests = [run.agreed_s for run in runs if run.kind == kind and run.agreed_s]
+        rest = f"{median(rests):.0f}, {max(rests):.0f}" if rests else "–"
+        wrong = broken.get(kind) or 0
+        yield f"| {kind} | {sales[kind]} | {span} | {wrong} | {ops} | {seconds[kind]:.0f} | {rest} |"
     yield ""
     yield "| fault, survived | times |"
     yield "|---|---|"
