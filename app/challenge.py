@@ -36,6 +36,7 @@ class Challenges:
         self._bits = settings.pass_pow_bits
         self._verify_url = settings.captcha_verify_url
         self._site_key = settings.captcha_site_key
+        self._script = settings.captcha_script_url or None
         self._secret = settings.captcha_secret.get_secret_value()
         if self._verify_url and not self._secret:
             raise CannotStart("FAIRDROP_CAPTCHA_SECRET is missing, but FAIRDROP_CAPTCHA_VERIFY_URL is set")
@@ -55,7 +56,7 @@ class Challenges:
             token = self._ring.cursor_sign(KIND, [sale, self._who(sale, buyer_id), now_ms + RIDDLE_MS])
             params = {"token": token, "bits": self._bits, "hash": "sha256", "input": "token:nonce"}
         else:
-            params = {"site_key": self._site_key}
+            params = {"site_key": self._site_key, "script": self._script}
         return refuse("challenge_required", why, extra={"challenge": {"kind": kind, "params": params}})
 
     def _who(self, sale: str, buyer_id: bytes) -> str:

@@ -102,6 +102,6 @@ def create_app(settings: Settings) -> HotRoutes:
     typed.state.metrics = Metrics(settings)
     typed.state.draining = False
     problems.install(typed)
-    for router in (sales.router, passes.router, tickets.router, probes.router, pages.router):
+    for router in (sales.router, passes.router, tickets.router, probes.router, pages.buyers_pages(settings)):
         typed.include_router(router)
     return HotRoutes(door, typed, settings, streams.drain)

@@ -240,6 +240,15 @@ class Settings(BaseSettings):
     )
     captcha_site_key: str = Field("", description="public site key shown to buyers")
     captcha_secret: SecretStr = Field(SecretStr(""), description="the captcha supplier's secret")
+    captcha_script_url: str = Field(
+        "",
+        description="the captcha supplier's script, for our own page (`render=explicit`); empty: the page loads "
+        "nothing from elsewhere, and buyers of a sale with a captcha come with a pass from the shop's page",
+    )
+    captcha_origins: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="comma-separated origins besides the script's: of the captcha's frame, styles and calls",
+    )
 
     # the worker
     worker_name: str = Field("", description="consumer name in the streams; empty: host and process id")
@@ -522,7 +531,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, _SecretFiles(settings_cls)
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "captcha_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return (

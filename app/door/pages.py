@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 
+from app.errors import CannotStart
 from app.problems import refuse
+from app.settings import Settings
 
 PAGES = Path(__file__).resolve().parent.parent / "pages"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -18,6 +22,29 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'"
 )
+# An origin, or all below a name: what a Content-Security-Policy may hold without a space or semicolon to add to it.
+_ORIGIN = re.compile(r"https?://(\*\.)?[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+
+
+def policy_with_captcha(settings: Settings) -> str:
+    """The policy, wider by the captcha's own script, frame, styles and calls where one is set.
+
+    CannotStart: an address is none.
+    """
+    script = urlsplit(settings.captcha_script_url)
+    origins = [f"{script.scheme}://{script.netloc}"] if settings.captcha_script_url else []
+    for origin in (origins := origins + settings.captcha_origins):
+        if not _ORIGIN.fullmatch(origin):
+            raise CannotStart(
+                f"FAIRDROP_CAPTCHA_SCRIPT_URL or FAIRDROP_CAPTCHA_ORIGINS: {origin} is no origin"
+            )
+    if not settings.captcha_script_url:
+        return POLICY
+    also = " ".join(dict.fromkeys(origins))
+    wider = POLICY + "; frame-src"
+    for directive in ("script-src 'self'", "style-src 'self'", "connect-src 'self'", "frame-src"):
+        wider = wider.replace(directive, f"{directive} {also}")
+    return wider
 
 
 @cache
@@ -26,13 +53,13 @@ def _file(name: str) -> tuple[bytes, str]:
     return body, '"' + hashlib.blake2b(body, digest_size=9).hexdigest() + '"'
 
 
-def page(request: Request, name: str) -> Response:
+def page(request: Request, name: str, policy: str = POLICY) -> Response:
     """One file of app/pages; 304 if the browser has it."""
     body, etag = _file(name)
     headers = {
         "etag": etag,
         "cache-control": "public, max-age=60",
-        "content-security-policy": POLICY,
+        "content-security-policy": policy,
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
@@ -42,14 +69,14 @@ def page(request: Request, name: str) -> Response:
     return Response(body, headers=headers | {"content-type": f"{kind}; charset=utf-8"})
 
 
-def pages(of_paths: Mapping[str, str], files: Collection[str]) -> APIRouter:
+def pages(of_paths: Mapping[str, str], files: Collection[str], policy: str = POLICY) -> APIRouter:
     """The pages of one server by their paths, its /docs, and the files that they use."""
     router = APIRouter(include_in_schema=False)
 
     def serve(path: str, name: str) -> None:
         @router.get(path)
         async def one(request: Request) -> Response:
-            return page(request, name)
+            return page(request, name, policy)
 
     for path, name in {**of_paths, "/docs": "docs.html", "/favicon.ico": "icon.svg"}.items():
         serve(path, name)
@@ -63,7 +90,10 @@ def pages(of_paths: Mapping[str, str], files: Collection[str]) -> APIRouter:
     return router
 
 
-router = pages(
-    {"/": "buyer.html", "/s/{sale}": "buyer.html"},
-    {"buyer.js", "buyer.css", "docs.js", "docs.css", "icon.svg"},
-)
+def buyers_pages(settings: Settings) -> APIRouter:
+    """The front's pages. CannotStart: an address of the captcha is none."""
+    return pages(
+        {"/": "buyer.html", "/s/{sale}": "buyer.html"},
+        {"buyer.js", "buyer.css", "docs.js", "docs.css", "icon.svg"},
+        policy_with_captcha(settings),
+    )

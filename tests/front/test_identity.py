@@ -278,7 +278,7 @@ async def test_a_captcha_is_checked_at_its_supplier(open_door: Open, shop: Shop,
         asked = await ask()
         assert asked.status_code == 403 and asked.json()["challenge"] == {
             "kind": "captcha",
-            "params": {"site_key": "site"},
+            "params": {"site_key": "site", "script": None},
         }
         assert (await ask(response="r")).status_code == 201
         assert b"secret=hush" in bodies[-1] and b"response=r" in bodies[-1]
@@ -294,7 +294,8 @@ async def test_a_captcha_is_checked_at_its_supplier(open_door: Open, shop: Shop,
     [
         {"signing_keys": ""}, {"signing_keys": "short"}, {"pii_keys": ""}, {"pii_keys": "zz"}, {"redis_url": ""},
         {"env": "production", "jwt_secret": ""}, {"jwt_secret": "short"}, {"redis_url": "http://nope"},
-        {"captcha_verify_url": "http://127.0.0.1:1/"},
+        {"captcha_verify_url": "http://127.0.0.1:1/"}, {"captcha_script_url": "captcha.js"},
+        {"captcha_script_url": "https://c.example/a.js", "captcha_origins": ["https://d.example; script-src *"]},
     ],
 )  # fmt: skip
 def test_a_door_without_its_secrets_does_not_start(changed: dict[str, str]) -> None:

@@ -232,6 +232,23 @@ async def test_pages_need_nothing_from_elsewhere(path: str, front: Front) -> Non
     assert (await front.http.get(path, headers={"If-None-Match": answer.headers["etag"]})).status_code == 304
 
 
+async def test_only_a_captcha_that_is_set_may_come_from_elsewhere(open_door: Callable[..., Any]) -> None:
+    plain = await open_door(captcha_origins=["https://frames.example"])
+    assert "example" not in (await plain.http.get("/s/x")).headers["content-security-policy"]
+    front = await open_door(
+        captcha_script_url="https://captcha.example/api.js?render=explicit",
+        captcha_origins=["https://*.captcha.example"],
+    )
+    rules = dict(
+        rule.split(" ", 1)
+        for rule in (await front.http.get("/s/x")).headers["content-security-policy"].split("; ")
+    )
+    also = "https://captcha.example https://*.captcha.example"
+    for directive in ("script-src", "style-src", "connect-src"):
+        assert rules[directive] == f"'self' {also}"
+    assert rules["frame-src"] == also and rules["default-src"] == "'none'"
+
+
 async def test_redis_away_is_503_with_retry_after_and_heals(
     front: Front, valkey: Any, shop: Shop, seen: Seen
 ) -> None:
