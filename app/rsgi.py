@@ -45,26 +45,37 @@ def headers_of(scope: Scope) -> dict[bytes, bytes]:
     return {name.encode(): value.encode() for name, value in scope.headers.items()}
 
 
-async def as_asgi(app: Application, scope: Scope, exchange: Exchange) -> None:
-    """Answer one request by ASGI."""
+async def as_asgi(
+    app: Application, scope: Scope, exchange: Exchange, closing: Callable[[], bool] = lambda: False
+) -> None:
+    """Answer one request by ASGI. closing: whether its connection is to end behind the answer."""
     headers = [(name.encode(), value.encode()) for name, value in scope.headers.items()]
     pieces: AsyncIterator[bytes] | None = None
-    if any(name in (b"content-length", b"transfer-encoding") for name, _ in headers):
-        pieces = aiter(exchange)
+    missing = 0  # bytes of the body that are still to come, if the head says how many
+    for name, value in headers:
+        if name == b"content-length" and value.isdigit():
+            missing = int(value)
+        if name in (b"content-length", b"transfer-encoding"):
+            pieces = pieces or aiter(exchange)
     begun = False  # the body has been read from the beginning
     start: Message = {}
     stream: Any = None
 
     async def receive() -> Message:
-        nonlocal begun, pieces
+        nonlocal begun, pieces, missing
         if begun and pieces is None:
             await exchange.client_disconnect()
             return {"type": "http.disconnect"}
         begun = True
-        piece = await anext(pieces, None) if pieces is not None else None
-        if piece is None:
+        # An empty piece is the end, or the client has gone. To ask once more, by anext(pieces, None), would be fatal
+        # to the process: granian raises StopAsyncIteration at once, and CPython 3.11 takes that for an awaitable.
+        piece = await anext(pieces) if pieces is not None else b""
+        missing -= len(piece)
+        if not piece:
             pieces = None
-        return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
+            if missing > 0:
+                return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": piece, "more_body": bool(piece)}
 
     async def send(message: Message) -> None:
         nonlocal start, stream
@@ -74,6 +85,8 @@ async def as_asgi(app: Application, scope: Scope, exchange: Exchange) -> None:
         status, body = start["status"], message.get("body", b"")
         if stream is None:
             texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
+            if closing():
+                texts.append(("connection", "close"))
             if not message.get("more_body", False):
                 if body:
                     exchange.response_bytes(status, texts, body)

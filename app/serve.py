@@ -24,6 +24,7 @@ import structlog
 import uvicorn
 import uvloop
 
+from app import rsgi_lane
 from app.errors import CannotStart
 from app.overload import keep_looking
 from app.settings import Settings
@@ -251,33 +252,53 @@ async def serve_uvicorn(
         raise server.lifespan.failure
 
 
-def granian_server(app: Application, settings: Settings, host: str, port: int) -> Any:
-    """granian's server, embedded in this loop: by its own interface if the application has it (app.rsgi)."""
-    from granian.constants import HTTPModes, Interfaces
-    from granian.http import HTTP1Settings
-    from granian.server.embed import Server
+class Granian:
+    """granian's server in this loop, on a listening socket of ours, which it takes over.
 
-    return Server(
-        app,
-        address=host,
-        port=port,
-        # our own Lifespan has run already
-        interface=Interfaces.RSGI if hasattr(app, "__rsgi__") else Interfaces.ASGINL,
-        http=HTTPModes.http1,
-        websockets=False,
-        backlog=settings.listen_backlog,
-        backpressure=limit_of_connections(settings.connections_max),  # those beyond wait in the kernel
-        log_enabled=False,
-        log_access=False,
-        http1_settings=HTTP1Settings(
-            header_read_timeout=round(settings.head_within_s * 1000),
-            max_buffer_size=max(8192, settings.head_max_bytes),
-        ),
-    )
+    Its own embedded server makes a task of each request and the socket itself: here every request is the lane's.
+    """
+
+    def __init__(self, app: Application, settings: Settings, wire: socket.socket) -> None:
+        from granian import _granian
+        from granian.http import HTTP1Settings
+
+        rust: Any = _granian  # its type information is that of an older version
+
+        self._loop = asyncio.get_running_loop()
+        gate = gate_of(settings)
+        if gate is not None:
+            keep_looking(gate, self._loop, time.perf_counter)
+        express = app if isinstance(app, rsgi_lane.Express) else None
+        self.lane = rsgi_lane.Lane(app, express, settings, gate, self._loop)
+        drop_who_does_not_read(wire, settings.read_within_s)
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._worker = rust.RSGIWorker(
+            1,
+            (None, rust.SocketHolder(wire.detach(), False, settings.listen_backlog)),
+            None,
+            backpressure=limit_of_connections(settings.connections_max),  # those beyond wait in the kernel
+            http1_opts=HTTP1Settings(
+                header_read_timeout=round(settings.head_within_s * 1000),
+                max_buffer_size=max(8192, settings.head_max_bytes),
+            ),
+        )
+        self._scheduler = rust.CallbackScheduler(self._loop, None, None, None, None)
+        self._scheduler._schedule_fn = self.lane.take
+        self._ended = asyncio.Event()
+        self._signal = rust.WorkerSignal()
+        self._signal.add_cb(lambda: self._loop.call_soon_threadsafe(self._ended.set))
+
+    async def serve(self) -> None:
+        """Serve until `stop`, and until whoever has begun to ask by then is answered."""
+        self._worker.serve_async(self._scheduler, self._loop, self._signal)
+        await self._ended.wait()
+
+    def stop(self) -> None:
+        self._signal.set()
 
 
-async def serve_granian(app: Application, settings: Settings, host: str, port: int, drain_s: float) -> None:
-    """The same on granian, which binds the port itself (SO_REUSEPORT on Linux) and answers HTTP in Rust threads."""
+async def serve_granian(app: Application, settings: Settings, wire: socket.socket, drain_s: float) -> None:
+    """The same on granian, which answers HTTP in Rust threads."""
     config = uvicorn.Config(app, interface="asgi3", log_config=None, access_log=False)
     config.load()
     lifespan = Lifespan(config)
@@ -286,26 +307,20 @@ async def serve_granian(app: Application, settings: Settings, host: str, port: i
         raise lifespan.failure
     keep_what_has_started()
     loop = asyncio.get_running_loop()
-    gate = gate_of(settings)
-    if gate is not None and hasattr(app, "gate"):  # it turns a crowd away itself
-        app.gate = gate
-        keep_looking(gate, loop, time.perf_counter)
-    server = granian_server(app, settings, host, port)
-    stop: Callable[[], None] = server.stop
-    draining = False
+    server = Granian(app, settings, wire)
 
     def on_term() -> None:
-        nonlocal draining
         start_draining(app)
-        if draining:
-            stop()
+        if server.lane.draining:
+            server.stop()
         else:
-            draining = True
-            loop.call_later(drain_s, stop)
+            server.lane.draining = True
+            loop.call_later(drain_s, server.stop)
 
     def on_interrupt() -> None:
         start_draining(app)
-        stop()
+        server.lane.draining = True
+        server.stop()
 
     loop.add_signal_handler(signal.SIGTERM, on_term)
     loop.add_signal_handler(signal.SIGINT, on_interrupt)
@@ -339,9 +354,9 @@ def serve(
     fd: a listening socket that the parent opened, instead of host and port. CannotStart: one sentence says why.
     """
     if server == "granian":
-        # A look first: granian would share the port with another process, or panic in Rust.
-        listen(host, port, 1, what=what, option=f"--{what}-port", share=True).close()
-        run(serve_granian(create_app(settings), settings, host, port, drain_s))
+        # Several processes of ours may share the port: granian's supervisor opens none for them.
+        wire = listen(host, port, settings.listen_backlog, what=what, option=f"--{what}-port", share=True)
+        run(serve_granian(create_app(settings), settings, wire, drain_s))
         return
     if fd is not None:
         wire = socket.socket(fileno=fd)

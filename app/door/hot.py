@@ -1,16 +1,15 @@
 """The outermost application of the front door: hot routes are answered here; everything else goes on to FastAPI.
 
 Hot: join, poll, board, sale, time, and every CORS preflight. Each has a typed twin in app/door/ that calls the same
-method of `Door`; a test holds both to the same answers. uvicorn brings hot requests by the express lane (app/wire.py),
-granian by its own interface (app/rsgi.py), any other server by ASGI: the same
-table, the same answers.
+method of `Door`; a test holds both to the same answers. uvicorn and granian bring hot requests by an express lane each
+(app/wire.py, app/rsgi_lane.py), any other server by ASGI: the same table, the same answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,8 +17,7 @@ import structlog
 
 from app import rsgi
 from app.errors import FairdropError, Refusal
-from app.overload import Gate, retry_after_s
-from app.patience import TOO_SLOW, Patience
+from app.overload import retry_after_s
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
 from app.purchase.accept import Answer, Door, Headers, Later, Tell, settled
 from app.settings import Settings
@@ -38,13 +36,6 @@ PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
 
 _EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
 _VARY = (b"vary", b"Origin")
-_TOO_SLOW = Answer.of(
-    408, ((b"content-type", b"application/problem+json"), (b"connection", b"close")), TOO_SLOW
-)
-
-
-class _TooSlow(Exception):
-    """A body did not come in time."""
 
 
 class Origins:
@@ -111,9 +102,6 @@ class HotRoutes:
         self.door = door
         self.typed = typed
         self.state = typed.state
-        self.gate: Gate | None = None  # set where the server has none of its own (app/serve.py)
-        self._patient = Patience(self, settings.body_within_s)
-        self._body_within_s = settings.body_within_s
         self._on_drain = on_drain
         self._origins = Origins(settings.cors_origins)
         self._cors = bool(settings.cors_origins)
@@ -203,6 +191,9 @@ class HotRoutes:
         size, told = self._crowded[turn]
         return told % (size + len(request_id), request_id, cors, request_id)
 
+    def too_many(self) -> Refusal:
+        return _too_many(random.random())
+
     def ask(self, hot: Hot, headers: Headers, body: bytes, tell: Tell) -> None:
         given: Answer | Exception | Later | None
         try:
@@ -216,11 +207,29 @@ class HotRoutes:
         if type(given) is Answer:
             return self._response(given, headers, date)
         if isinstance(given, Exception):
-            return self._refused(given, headers, date)
+            return self._response(*self._refused(given, headers), date)
+        self._wait(given, tell)
+        return None
+
+    def parts(self, given: Any, headers: Headers, tell: Tell) -> tuple[int, rsgi.Texts, bytes] | None:
+        """The same as granian wants it (app.rsgi_lane.Express)."""
+        if type(given) is not Answer:
+            if not isinstance(given, Exception):
+                self._wait(given, tell)
+                return None
+            given, headers = self._refused(given, headers)
+        head = given.head
+        request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
+        texts = [*head.texts, ("x-request-id", request_id.decode("ascii"))]
+        if self._cors:
+            cors = self._origins.headers(headers.get(b"origin"))
+            texts += [(name.decode("latin-1"), value.decode("latin-1")) for name, value in cors]
+        return head.status, texts, given.body
+
+    def _wait(self, given: Later, tell: Tell) -> None:
         task = asyncio.ensure_future(given)
         self._tasks.add(task)  # asyncio keeps no hold of it
         task.add_done_callback(partial(self._known, tell))
-        return None
 
     def _known(self, tell: Tell, task: asyncio.Future[Any]) -> None:
         """What was waited for is known: an answer, an error, something else to wait for, or that it will be told."""
@@ -253,12 +262,11 @@ class HotRoutes:
             head.lines, date, len(body), request_id, cors, body,
         )  # fmt: skip
 
-    def _refused(self, error: Exception, headers: Headers, date: bytes) -> bytes:
+    def _refused(self, error: Exception, headers: Headers) -> tuple[Answer, Headers]:
+        """The answer, and the headers of a request that has the id which is in it."""
         refusal = self._told(error)
         request_id = request_id_of(headers)
-        given = {**headers, b"x-request-id": request_id}
-        answer = _problem(refusal, request_id)
-        return self._response(answer, given, date)
+        return _problem(refusal, request_id), {**headers, b"x-request-id": request_id}
 
     def _told(self, error: Exception) -> Refusal:
         """The refusal that a failure becomes; what should never happen is logged."""
@@ -293,37 +301,14 @@ class HotRoutes:
         self, hot: Hot, headers: dict[bytes, bytes], body: Awaitable[bytes | None] | None
     ) -> Answer | None:
         """The answer, whatever it is; None if the client has gone before its body was here."""
-        gate = self.gate
-        if gate is not None and self._turns_away(gate, hot, body is not None):
-            if isinstance(body, Coroutine):
-                body.close()  # unread
-            request_id = headers[b"x-request-id"] = request_id_of(headers)
-            return _problem(self._told(_too_many(random.random())), request_id)
-        if gate is not None and body is not None:
-            gate.begin()
         try:
             raw = b"" if body is None else await body
             return None if raw is None else await settled(partial(hot, headers, raw))
-        except _TooSlow:
-            return _TOO_SLOW
         except Exception as error:  # noqa: BLE001 - told and logged by _told
             refusal = self._told(error)
             request_id = request_id_of(headers)
             headers[b"x-request-id"] = request_id
             return _problem(refusal, request_id)
-        finally:
-            if gate is not None and body is not None:
-                gate.end()
-
-    def _turns_away(self, gate: Gate, hot: Hot, join: bool) -> bool:
-        """What app.wire asks before it reads: whether this join or poll would wait too long."""
-        if gate.up and not gate.reading:
-            asyncio.get_running_loop().call_soon(gate.turn_ended)
-        polls = getattr(hot, "func", None) == self._poll
-        if not ((gate.late() and (join or polls)) or (join and gate.full)):
-            return False
-        gate.turn_away()
-        return True
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body of a request; None if the client has gone. Refusal 413 `too_large`."""
@@ -353,49 +338,6 @@ class HotRoutes:
             sent += self._origins.headers(headers.get(b"origin"))
         await send({"type": "http.response.start", "status": head.status, "headers": sent})
         await send({"type": "http.response.body", "body": body})
-
-    # --- granian's own interface (app.rsgi) --------------------------------------------------------------------------
-
-    async def __rsgi__(self, scope: rsgi.Scope, exchange: rsgi.Exchange) -> None:
-        hot = self.hot(scope.method.encode(), scope.path.encode("latin-1", "replace"))
-        if hot is None:
-            await rsgi.as_asgi(self._patient, scope, exchange)
-            return
-        headers = rsgi.headers_of(scope)
-        answer = await self._answer(
-            hot, headers, self._whole_body(headers, exchange) if scope.method == "POST" else None
-        )
-        assert answer is not None
-        head = answer.head
-        request_id = request_id_of(headers) if b"x-request-id" in headers else new_request_id()
-        texts = [*head.texts, ("x-request-id", request_id.decode("ascii"))]
-        if self._cors:
-            cors = self._origins.headers(headers.get(b"origin"))
-            texts += [(name.decode("latin-1"), value.decode("latin-1")) for name, value in cors]
-        if head.status == 304:
-            exchange.response_empty(304, texts)
-        else:
-            exchange.response_bytes(head.status, texts, answer.body)
-
-    async def _whole_body(self, headers: Headers, exchange: rsgi.Exchange) -> bytes:
-        """The body of a request. Refusal 413 `too_large`, read no further than that."""
-        limit = self._body_max
-        declared = headers.get(b"content-length")
-        try:
-            async with asyncio.timeout(self._body_within_s):
-                if declared is not None and declared.isdigit() and int(declared) <= limit:
-                    return await exchange()
-                raw = b""
-                if declared is None:
-                    async for piece in exchange:
-                        raw += piece
-                        if len(raw) > limit:
-                            break
-                    else:
-                        return raw
-        except TimeoutError:
-            raise _TooSlow from None
-        raise refuse("too_large", f"The body is larger than {limit} bytes.")
 
     async def _preflight(self, send: Send, headers: Headers) -> None:
         sent = self._origins.preflight(headers[b"origin"])

@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.embedded import free_port
-from app.serve import granian_server
+from app.serve import Granian, listen
 from tests.front.conftest import ORIGIN, Front, Shop, settings_for, until
 from tests.front.test_express import BODY, CASES, ME, TICKETS, told
 
@@ -28,10 +27,10 @@ COLD: dict[str, dict[str, Any]] = {
     },
     "hot, of another origin": {"method": "GET", "url": "/v1/sales/x/board", "headers": {"Origin": ORIGIN}},
     "a body for a typed route": {
-        "method": "POST", "url": "/v1/tickets/TICKET/pay", "json": {"channel": "no such"}, "headers": ME
+        "method": "POST", "url": "/v1/tickets/TICKET/payment", "json": {"channel": "no such"}, "headers": ME
     },
     "a body that is too large for it": {
-        "method": "POST", "url": "/v1/tickets/TICKET/pay", "content": b"x" * 20_000, "headers": ME
+        "method": "POST", "url": "/v1/tickets/TICKET/payment", "content": b"x" * 20_000, "headers": ME
     },
 }  # fmt: skip
 
@@ -39,8 +38,9 @@ COLD: dict[str, dict[str, Any]] = {
 @pytest.fixture
 async def granian(front: Front, redis_url: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the same application, served by granian as well."""
-    port = free_port()
-    server = granian_server(front.app, settings_for(redis_url), "127.0.0.1", port)
+    wire = listen("127.0.0.1", 0, 64, what="front")
+    port = wire.getsockname()[1]
+    server = Granian(front.app, settings_for(redis_url), wire)
     serving = asyncio.create_task(server.serve())
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as http:
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import redis.asyncio as redis_async
 
-from app.overload import Gate
 from tests.front.conftest import ORIGIN, Front, Open, Shop, until
 
 Seen = Callable[..., Awaitable[Any]]
@@ -104,45 +103,3 @@ async def test_while_redis_keeps_joins_waiting_further_joins_are_not_even_read(
     await redis.execute_command("CLIENT", "UNPAUSE")
     assert [(await task).status_code for task in under_way] == [202] * 3
     assert (await front.join("x", "newcomer")).status_code == 202
-
-
-async def test_where_the_server_has_no_gate_the_application_turns_a_crowd_away(
-    open_door: Open, shop: Shop
-) -> None:
-    """As on granian, which brings every request by ASGI."""
-    front = await open_door()
-    await shop.publish("x", units=500)
-    await until(lambda: front.app.door.snapshots.get("x"))
-    gate = front.app.gate = Gate(0.02, 0.025, time.perf_counter, 1)
-    gate.limit, gate._per_s = 1, 0.0
-
-    async def ask(method: str, path: str, body: bytes = b"") -> tuple[int, bytes, dict[bytes, bytes]]:
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"x-buyer-id", b"ann"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
-        await front.app(scope, receive, send)
-        return sent[0]["status"], sent[1]["body"], dict(sent[0]["headers"])
-
-    async def join() -> tuple[int, bytes, dict[bytes, bytes]]:
-        return await ask("POST", "/v1/sales/x/tickets", b'{"sku":"A","units":1}')
-
-    status, body, _ = await join()
-    assert (status, gate.under_way) == (202, 0)
-    ticket = json.loads(body)["ticket"]
-    gate.begin()  # somebody else's
-    status, body, headers = await join()
-    assert (status, json.loads(body)["code"]) == (503, "busy")
-    assert 1 <= int(headers[b"retry-after"]) <= 4
-    gate.turn_ended()
-    assert (await ask("GET", f"/v1/tickets/{ticket}"))[0] == 200
-    gate.end()
-    gate.turn_ended()
-    assert (await join())[0] == 200
-    assert gate.under_way == 0
