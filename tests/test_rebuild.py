@@ -480,6 +480,13 @@ async def test_whatever_happens_units_are_counted_once(shop: Shop, seed: int) ->
     assert not isinstance(fresh, Claimed | Waits) or fresh.seq > given
 
 
+def test_a_seq_of_before_a_rebuild_is_no_rank() -> None:
+    """The draw went with Redis; a winner was told the number of the ticket as the place in line."""
+    item = ItemView("x", "A", 0)
+    item.take([b"8", b"7", b"0", b"c", b"1", b"0", b"", b"", b"0", b"0", b"2:8"], 0)
+    assert [item.rank_of(seq) for seq in (1, 7, 8, 9)] == [None, None, 8, 9]
+
+
 def test_a_ticket_goes_on_only_if_its_own_epoch_gave_out_its_seq() -> None:
     item = ItemView("x", "A", 0)
     assert not item.goes_on(1, 1)  # no rebuild: nothing of another epoch

@@ -661,8 +661,9 @@ def _never_back(r: Result, ticket: str, seen: list[Done]) -> None:
 def the_draw(h: History, r: Result) -> None:
     """Of a sale that was made anew: the draw of its last epoch, and that nobody's rank ever changed."""
     for ticket, seen in h.told.items():
-        # While it waits: the draw itself is lost with Redis, and a winner is then told the seq as rank.
-        ranks = {_end(done).rank for done in seen if _end(done).state == "waiting"} - {None}
+        # Of a line that was lost: the same buyer may get the same seq again, in another draw.
+        lost = any(_end(done).state == "lapsed" for done in seen)
+        ranks = set() if lost else {_end(done).rank for done in seen} - {None}
         r.looked_at += bool(ranks) and h.anew
         if len(ranks) > 1:
             r.find(f"ticket {ticket} was told the ranks {sorted(ranks)}", _end(seen[-1]).buyer)  # type: ignore[type-var]

@@ -172,7 +172,9 @@ class ItemView:
         self.p90_per_s = ordered[len(ordered) // 10]
 
     def rank_of(self, seq: int) -> int | None:
-        """The ticket's place in the order of service; None until the draw has fixed it."""
+        """The ticket's place in the order of service; None until the draw has fixed it, and once a rebuild lost it."""
+        if self.starts and seq < self.starts[-1][1]:
+            return None  # an order of an earlier epoch: its draw is gone with Redis, and the seq is no rank
         if not self.drawn:
             # Served before any draw: nobody was in it, so ranks are seqs.
             return seq if self.served and not self.early else None
