@@ -27,7 +27,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from app.demo import Desk
-from app.embedded import Valkey, find_valkey, free_port
+from app.embedded import Valkey, find_valkey
 from app.history.final import finish
 from app.history.judge import judge
 from app.record import Line, Mark, Op, Recorder, Sale, encode, read
@@ -152,28 +152,38 @@ def sale_to_tear(seed: int, stores: Stores, put_aside: list[Aside]) -> Plan:
 
 
 async def state_of(folder: Path, sale: str) -> str:
-    """What a server that starts on this log holds of the sale. AssertionError: it does not start."""
-    port = free_port()
-    server = await asyncio.create_subprocess_exec(
-        str(find_valkey()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--appendonly", "yes",
-        "--save", "", "--aof-load-truncated", "yes", "--enable-debug-command", "local", "--protected-mode", "no",
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        async with redis.asyncio.Redis(port=port, socket_timeout=5.0, retry=None) as client:
-            deadline = asyncio.get_running_loop().time() + LOADED_WITHIN_S
-            while True:
-                assert server.returncode is None, f"Valkey does not start on {folder}"
-                assert asyncio.get_running_loop().time() < deadline, f"Valkey does not load {folder}"
-                with contextlib.suppress(RedisError, OSError):
-                    names = sorted(await client.keys(f"{{sale:{sale}}}:*"))
-                    digests = await client.execute_command("DEBUG", "DIGEST-VALUE", *names) if names else []
-                    return repr(list(zip(names, digests, strict=True)))
-                await asyncio.sleep(0.005)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            server.kill()
-        await server.wait()
+    """What a server that starts on this log holds of the sale. AssertionError: it does not start, and what it said.
+
+    It listens on no port: of twenty thousand starts one would find its port taken by somebody else meanwhile.
+    """
+    with tempfile.TemporaryDirectory(prefix="torn-") as short:  # the path of a socket has at most 107 bytes
+        wire, said = Path(short) / "s", folder / "said"
+        with said.open("wb") as out:
+            server = await asyncio.create_subprocess_exec(
+                str(find_valkey()), "--port", "0", "--unixsocket", str(wire), "--dir", str(folder), "--appendonly",
+                "yes", "--save", "", "--aof-load-truncated", "yes", "--enable-debug-command", "local",
+                stdout=out, stderr=out,
+            )  # fmt: skip
+        try:
+            async with redis.asyncio.Redis(
+                unix_socket_path=str(wire), socket_timeout=5.0, retry=None
+            ) as client:
+                deadline = asyncio.get_running_loop().time() + LOADED_WITHIN_S
+                while True:
+                    ended = server.returncode is not None
+                    assert not ended, f"Valkey does not start on {folder}: {said.read_text()[-600:]}"
+                    assert asyncio.get_running_loop().time() < deadline, f"Valkey does not load {folder}"
+                    with contextlib.suppress(RedisError, OSError):
+                        names = sorted(await client.keys(f"{{sale:{sale}}}:*"))
+                        digests = (
+                            await client.execute_command("DEBUG", "DIGEST-VALUE", *names) if names else []
+                        )
+                        return repr(list(zip(names, digests, strict=True)))
+                    await asyncio.sleep(0.005)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                server.kill()
+            await server.wait()
 
 
 def cut_copy(aside: Aside, size: int, to: Path) -> None:
