@@ -31,7 +31,7 @@ REFRESH_EVERY_S = 10.0  # between two looks at the table while all is well: a mo
 LOOK_EVERY_S = (
     0.1  # between two looks at the nodes; a lost one is noticed by its link, this is how soon we ask
 )
-AWAY_MAX_S = 1.0  # the longest pause between two looks at the table while a node is away
+AWAY_MAX_S = 0.4  # the longest pause between two looks at the table while a node is away
 ELSEWHERE = frozenset({"MOVED", "ASK"})
 STALE = frozenset({"MOVED", "CLUSTERDOWN", "READONLY", "MASTERDOWN"})  # the table may have changed
 _AFTER_TWO = frozenset({"XINFO", "XGROUP", "OBJECT", "MEMORY"})  # COMMAND SUBCOMMAND key
@@ -160,6 +160,22 @@ class Cluster(Link):
 
     def home_of(self, key: str | bytes) -> str:
         return self._slots[slot_of(key)].run_id
+
+    async def is_elected(self, key: str | bytes) -> bool:
+        """Whether most primaries' tables have this key's slot on the node that we take it to be on."""
+        slot, node, asked = slot_of(key), self.at(key), dict(self._nodes)
+        tables = await asyncio.gather(
+            *(one.call("CLUSTER", "SLOTS") for one in asked.values()), return_exceptions=True
+        )
+        agree = 0
+        for place, table in zip(asked, tables, strict=True):
+            if isinstance(table, BaseException):
+                if not isinstance(table, DidNotHappen | Unknown):
+                    raise table
+                continue
+            primary = next((row[2] for row in table if int(row[0]) <= slot <= int(row[1])), None)
+            agree += primary is not None and asked.get(_node_of(primary, place)) is node
+        return agree > len(asked) / 2
 
     # life
 

@@ -31,6 +31,9 @@ VALKEY_LEAST = 8
 CALLS_MAX = 50_000  # calls under way on one connection; a stalled server must not eat our memory
 BACKOFF_FIRST_S = 0.05  # before the second attempt to connect; doubles, with jitter
 BACKOFF_MAX_S = 1.0  # a recovered Redis is found within about a second
+WATCHED_BACKOFF_MAX_S = (
+    0.3  # with sentinels: an election takes two seconds, of which none is to be added by us
+)
 CONNECT_DEADLINE_S = 2.0  # sentinels, TCP, TLS, AUTH and SCRIPT LOAD together
 MOVED_LOOK_EVERY_S = 1.0  # between two questions to the sentinels while connected; three small packets
 # The last three: something answers that is not Redis.
@@ -287,6 +290,16 @@ class Link:
         """The run_id of the server that holds this key, as the connection to it saw it."""
         return self.run_id
 
+    async def is_elected(self, key: str | bytes) -> bool:
+        """Whether those who elect primaries say just now that the server which holds this key is one.
+
+        False: they say otherwise, or nothing, or it is a server of its own, of which nobody speaks.
+        """
+        try:
+            return self.connected and await self._address.is_elected()
+        except DidNotHappen:
+            return False
+
     async def again(
         self,
         error: Rejected,
@@ -356,6 +369,7 @@ class Link:
     async def _keep(self, tried: asyncio.Event) -> None:
         """Connect, wait until the connection is lost, connect again, for ever."""
         backoff_s = BACKOFF_FIRST_S
+        backoff_max_s = BACKOFF_MAX_S if self._address.sentinels is None else WATCHED_BACKOFF_MAX_S
         while True:
             try:
                 wire, info = await self._connect(load=True)
@@ -386,7 +400,7 @@ class Link:
                 log.warning("redis: connection to %s lost", self._address)
             tried.set()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+            backoff_s = min(backoff_s * 2, backoff_max_s)
 
     async def _until_lost_or_moved(self, wire: _Wire) -> None:
         """Ask the sentinels now and then: a primary that a failover left behind may live on, and serve us for ever."""

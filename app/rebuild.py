@@ -66,7 +66,7 @@ class NotNow(DidNotHappen):
 
 @dataclass(frozen=True)
 class Report:
-    """What a rebuild has done. seconds: from the fence to the opening."""
+    """What a rebuild has done. seconds: from the fence to the opening; steps: how much of them each step took."""
 
     sale: str
     epoch: int
@@ -76,6 +76,20 @@ class Report:
     units_left: dict[str, int]
     outbox_dropped: int
     seconds: float
+    steps: dict[str, float]
+
+
+class _Watch:
+    """Seconds by step, in order."""
+
+    def __init__(self) -> None:
+        self.began = self._last = time.monotonic()
+        self.steps: dict[str, float] = {}
+
+    def done(self, step: str) -> None:
+        now = time.monotonic()
+        self.steps[step] = round(now - self._last, 3)
+        self._last = now
 
 
 async def rebuild(
@@ -86,7 +100,7 @@ async def rebuild(
     NotNow: there is nothing to rebuild, or Redis knows more than Postgres. DidNotHappen, Unknown, or what Postgres
     raises: the sale stays shut; do it again. actor and reason go into the journal.
     """
-    began = time.monotonic()
+    watch = _Watch()
     engine = create_engine(
         settings.model_copy(update={"database_deadline_s": STATEMENT_S}), name="rebuild", pool=3
     )
@@ -94,16 +108,22 @@ async def rebuild(
         async with rebuilding.alone_with(engine, sale_id) as held:
             if not held:
                 return None
+            watch.done("connect")
             drained = await _shut_and_drain(engine, link, scripts, settings, sale_id)
+            watch.done("drain")
             begun = await _begin(engine, sale_id)
+            watch.done("begin")
             async with alone(engine) as conn:
                 sale = await sales.get(conn, sale_id)
             assert sale is not None
             ended = await _load(engine, link, sale, begun)
+            watch.done("load")
             await _open(link, scripts, sale, begun)
+            watch.done("open")
             report = Report(
                 sale_id, begun.epoch, drained, len(begun.live), ended,
-                {item.sku: item.available for item in begun.items}, begun.dropped, round(time.monotonic() - began, 3),
+                {item.sku: item.available for item in begun.items}, begun.dropped,
+                round(time.monotonic() - watch.began, 3), watch.steps,
             )  # fmt: skip
             home = link.home_of(SaleKeys(sale_id).sale)
             async with engine.begin() as conn:

@@ -3,7 +3,8 @@
 A Redis is a sale's home by its run_id. One that restarted from its own log (it was never a replica, and is not
 behind the pulse that Postgres saw) is armed again; any other leaves the sale shut and calls a person: it may have
 lost writes, and only a rebuild may open the sale then. That is done by itself once the sale has had no home for
-`rebuild_after_s` and no other worker's pulse either: another worker may see the Redis that is its home.
+`rebuild_after_s` and no other worker's pulse either: another worker may see the Redis that is its home. A primary that
+sentinels or a cluster have elected is not waited for (docs/adr/0009).
 """
 
 from __future__ import annotations
@@ -92,10 +93,11 @@ class ItemBooks:
 
 @dataclass(frozen=True)
 class Books:
-    """A sale compared."""
+    """A sale compared. open: this Redis is its home, in Postgres' epoch; only then can it give anything away."""
 
     sale: str
     items: tuple[ItemBooks, ...]
+    open: bool = True
 
     @property
     def agree(self) -> bool:
@@ -114,8 +116,14 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
     async with alone(engine) as conn:
         counts = await course.counts(conn, sale)
     k = SaleKeys(sale)
-    stock, newest = await link.pipeline([("HGETALL", k.stock), ("XREVRANGE", k.orders, "+", "-", "COUNT", 1)])
-    for answer in (stock, newest):
+    stock, newest, armed = answers = await link.pipeline(
+        [
+            ("HGETALL", k.stock),
+            ("XREVRANGE", k.orders, "+", "-", "COUNT", 1),
+            ("HMGET", k.sale, "epoch", "home"),
+        ]
+    )
+    for answer in answers:
         if isinstance(answer, Exception):
             raise answer
     upto = (
@@ -143,6 +151,7 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
             )
             for one in counts
         ),
+        open=all(armed == [b"%d" % one.epoch, link.home_of(k.sale).encode()] for one in counts),
     )
 
 
@@ -183,6 +192,8 @@ class Reconciler:
     # sales without a home: the pulse that Postgres had then, when that was, and why
     _homeless: dict[str, tuple[int, float, str]] = field(default_factory=dict)
     _rebuilt_at: dict[str, float] = field(default_factory=dict)
+    _mending: set[str] = field(default_factory=set)  # sales that this worker makes anew just now
+    elected: asyncio.Event = field(default_factory=asyncio.Event)  # a sale is to be made anew without a wait
     _called: set[tuple[str, str, str]] = field(
         default_factory=set
     )  # alerts already given: (sale, kind, run_id)
@@ -196,13 +207,29 @@ class Reconciler:
             self._called.add(known)
             alert(kind, why, sale=sale, run_id=run_id, **facts)
 
-    def _lost(self, home: Home, kind: str, why: str, **facts: object) -> None:
-        """The sale has no home in this Redis: a person is called, and a rebuild may come."""
+    def _lost(self, home: Home, kind: str, why: str, *, at_once: bool = False, **facts: object) -> None:
+        """The sale has no home in this Redis: a person is called, and a rebuild may come. at_once: without a wait."""
         ARMED.labels(home.sale).set(0)
-        self._call(kind, f"{why}: the sale is shut until it is rebuilt", home.sale, **facts)
+        if home.sale in self._mending:
+            return  # by this worker's own doing
         known = self._homeless.get(home.sale)
         if known is None or known[0] != home.pulse:  # or somebody's pulse: its home is elsewhere
-            self._homeless[home.sale] = (home.pulse, time.monotonic(), kind)
+            known = home.pulse, time.monotonic(), kind
+        if at_once:
+            known = home.pulse, time.monotonic() - self._wait_s, kind
+            self.elected.set()
+        self._homeless[home.sale] = known
+        if kind != REBUILDING or self._is_due(
+            known
+        ):  # a rebuild under way is no news, one that does not end is
+            self._call(kind, f"{why}: the sale is shut until it is rebuilt", home.sale, **facts)
+
+    @property
+    def _wait_s(self) -> float:
+        return self.settings.rebuild_after_s if self.settings is not None else 0.0
+
+    def _is_due(self, homeless: tuple[int, float, str]) -> bool:
+        return time.monotonic() - homeless[1] >= self._wait_s
 
     async def mend(self) -> int:
         """Rebuild sales that have been without a home for long enough, several at once. Returns how many.
@@ -235,6 +262,7 @@ class Reconciler:
     async def _mend(self, settings: Settings, sale: str, kind: str) -> bool:
         """Rebuild one sale; False: it cannot be now, or somebody else does it."""
         self._rebuilt_at[sale] = time.monotonic()
+        self._mending.add(sale)
         try:
             report = await rebuild(settings, self.link, self.scripts, sale, actor="worker", reason=kind)
         except NotNow as error:
@@ -243,6 +271,8 @@ class Reconciler:
         except Exception:
             del self._rebuilt_at[sale]  # the loop's backoff is enough
             raise
+        finally:
+            self._mending.discard(sale)
         self._homeless.pop(sale, None)
         if report is not None:
             alert("sale_rebuilt", "a sale was made anew from Postgres", sale=sale, seconds=report.seconds)
@@ -258,7 +288,7 @@ class Reconciler:
             if home.home is None:
                 continue  # not published to Redis yet
             if home.home == REBUILDING:
-                self._lost(home, "rebuilding", "a rebuild is under way, or was interrupted")
+                self._lost(home, REBUILDING, "a rebuild does not end")
                 continue
             try:
                 pulse = await self._beat(home)
@@ -317,7 +347,9 @@ class Reconciler:
             self._call("replica", "this Redis is a replica: nothing can be written to it", home.sale)
             return False
         if info.get("master_replid2", NEVER_A_REPLICA) != NEVER_A_REPLICA:
-            self._lost(home, "promoted", "Redis was a replica and may lack writes")
+            # Its election is final: the Redis of before can only come back as a replica, so it is not waited for.
+            elected = await self.link.is_elected(SaleKeys(home.sale).sale)
+            self._lost(home, "promoted", "Redis was a replica and may lack writes", at_once=elected)
             return False
         assert home.home is not None
         if lacks := await self._lacks(home):
@@ -339,6 +371,9 @@ class Reconciler:
                     pulse=answer.pulse,
                     pulse_seen=home.pulse,
                 )
+                return False
+            case NotHome() if not answer.home:
+                self._lost(home, REBUILDING, "a rebuild does not end")  # nothing else fences a sale
                 return False
             case NotHome() | Old() | Gone():
                 self._lost(
@@ -390,7 +425,8 @@ class Reconciler:
             books = await compare(self.engine, self.link, sale)
             found.append(books)
             for item in books.items:
-                excess = item.surely_excess
+                # A shut sale gives nothing away, whatever an older Redis thinks it has: that is why it is made anew.
+                excess = item.surely_excess if books.open else 0
                 EXCESS.labels(sale, item.sku).set(excess)
                 self._excess[sale, item.sku] = self._excess[sale, item.sku] + 1 if excess else 0
                 if self._excess[sale, item.sku] >= SURE_AFTER:

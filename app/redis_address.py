@@ -89,6 +89,13 @@ class Address:
         _, wire = await loop.create_connection(make, self.host, self.port, ssl=self._tls)
         return wire
 
+    async def is_elected(self) -> bool:
+        """Whether most sentinels answer, and name the server that `open` went to last. DidNotHappen: too few answer."""
+        if self.sentinels is None:
+            return False  # nobody elects
+        named = await self.sentinels.primary(by_most=True)
+        return (named.host, named.port) == (self.host, self.port) and named.config_epoch >= self._config_epoch
+
     async def moved(self) -> bool:
         """Whether the sentinels name another server than `open` went to last. DidNotHappen: none of them answers."""
         if self.sentinels is None:

@@ -58,8 +58,8 @@ class Sentinels:
     def __str__(self) -> str:
         return f"`{self.service}` of the sentinels {', '.join(f'{host}:{port}' for host, port in self.hosts)}"
 
-    async def primary(self) -> Answer:
-        """Where the primary is. DidNotHappen: no sentinel answers, or none knows the name."""
+    async def primary(self, *, by_most: bool = False) -> Answer:
+        """Where the primary is. DidNotHappen: no sentinel (by_most: not most of them) answers and knows the name."""
         waiting = {asyncio.create_task(self._ask(host, port)) for host, port in self.hosts}
         enough = len(self.hosts) // 2 + 1
         answers: list[Answer] = []
@@ -76,6 +76,8 @@ class Sentinels:
             await asyncio.gather(*waiting, return_exceptions=True)
         if not answers:
             raise DidNotHappen(f"no sentinel names a primary: {troubles[0]}")
+        if by_most and len(answers) < enough:
+            raise DidNotHappen(f"only {len(answers)} of {len(self.hosts)} sentinels name a primary")
         return max(answers)
 
     async def _ask(self, host: str, port: int) -> Answer | str:

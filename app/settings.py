@@ -301,7 +301,10 @@ class Settings(BaseSettings):
         True, description="make a sale anew from Postgres when its Redis was lost, promoted or rolled back"
     )
     rebuild_after_s: float = Field(
-        3.0, ge=0, description="s a sale has no home, and no worker's pulse, before it is rebuilt by itself"
+        3.0,
+        ge=0,
+        description="s a sale has no home, and no worker's pulse, before it is rebuilt by itself; not waited for once"
+        " sentinels or a cluster have elected another primary",
     )
     rebuild_every_min_s: float = Field(
         30.0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -57,6 +58,8 @@ from app.telemetry import Metrics
 
 BACKOFF_S = 0.1  # after the first failure of a loop; doubles
 BACKOFF_MAX_S = 2.0  # a store that is back is found within this
+# and within this by the loops that a sale waits for: they arm it, make it anew, serve its line, write its orders
+URGENT_BACKOFF_MAX_S = 0.4
 CLUSTER_READ_EVERY_S = (
     0.02  # between two looks at the streams of sales on a cluster: what a claim waits for at most
 )
@@ -68,6 +71,7 @@ SETTLE_EVERY_S = 2.0
 BILLS_EVERY_S = 30.0  # between two looks for a bill to be read
 BILLS_AGAIN_EVERY_S = 3_600.0  # between two comparisons of days that differ
 ROUTES_EVERY_S = 2.0  # for so long a Redis that lost them leaves suppliers to the settings
+SHUT_LOOK_EVERY_S = 0.2  # between two looks for the streams of a sale that is being made anew
 MEND_EVERY_S = 0.5  # between two looks for a sale without a home
 CONTACTS_EVERY_S = 60.0  # between two looks for contacts that have been kept long enough
 DEADLINES_EVERY_S = 1.0
@@ -103,6 +107,7 @@ async def keep_going(
     *,
     wake: asyncio.Event | None = None,
     rests: bool = False,
+    backoff_max_s: float = BACKOFF_MAX_S,
 ) -> None:
     """Turn after turn until `stopping`; an outage is waited out with backoff, and logged when it begins and ends.
 
@@ -127,7 +132,7 @@ async def keep_going(
             if time.monotonic() - since > ALERT_AFTER_S / 10:
                 health.troubles[name] = why
             await _rest(stopping, backoff_s)
-            backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+            backoff_s = min(backoff_s * 2, backoff_max_s)
             continue
         if since:
             _log.info("loop works again", loop=name, after_s=round(time.monotonic() - since, 1))
@@ -164,11 +169,11 @@ class Streams:
         self.link = link
         self.consumer = consumer
         self.key = key
-        self._missing: set[str] = set()
+        self._missing: dict[str, float] = {}  # sale -> until when it is passed over, monotonic s
 
     async def read(self, sales: Sequence[str], count: int, *, block_ms: int = 0) -> dict[str, list[Entry]]:
         """Entries that no consumer has had yet: sale → entries. Waits up to block_ms for the first."""
-        sales = [sale for sale in sales if sale not in self._missing]
+        sales = self._there(sales)
         if not sales:
             return {}
         if self.link.spread:
@@ -224,20 +229,34 @@ class Streams:
                 return found
             await asyncio.sleep(CLUSTER_READ_EVERY_S)
 
+    def _there(self, sales: Sequence[str]) -> list[str]:
+        """Those whose stream was not missing at the last look."""
+        now = time.monotonic()
+        return [sale for sale in sales if self._missing.get(sale, 0.0) <= now]
+
     async def _find_missing(self, sales: Sequence[str]) -> None:
-        """A stream without its group must not stop the others. It is made with the sale, so somebody removed it."""
+        """A stream without its group must not stop the others.
+
+        It is made in one step with the sale. A sale that is shut is being made anew, and is looked at again in a
+        moment; from one that is open somebody removed it.
+        """
         for sale in sales:
-            try:
-                groups = await self.link.call("XINFO", "GROUPS", self.key(sale))
-            except DidNotHappen:
-                groups = []
-            if not groups:
-                self._missing.add(sale)
+            fence = ("HMGET", SaleKeys(sale).sale, "epoch", "home")
+            before, groups, after = await self.link.pipeline(
+                [fence, ("XINFO", "GROUPS", self.key(sale)), fence]
+            )
+            if isinstance(groups, Exception) and "no such key" not in str(groups):
+                raise groups
+            if groups and not isinstance(groups, Exception):
+                continue
+            is_open = not isinstance(before, Exception) and before == after and before[1]
+            self._missing[sale] = math.inf if is_open else time.monotonic() + SHUT_LOOK_EVERY_S
+            if is_open:
                 alert("stream_missing", "a stream of a published sale has no consumer group", sale=sale)
 
     async def own_pending(self, sales: Sequence[str], count: int) -> dict[str, list[Entry]]:
         """Entries of each sale that this consumer has had and not given up. One round trip for all sales."""
-        sales = [sale for sale in sales if sale not in self._missing]
+        sales = self._there(sales)
         answers = await self.link.pipeline(
             [
                 ("XREADGROUP", "GROUP", GROUP, self.consumer, "COUNT", count, "STREAMS", self.key(sale), "0")
@@ -490,7 +509,10 @@ class Worker:
 
     async def _confirm_to_the_end(self) -> None:
         try:
-            await keep_going("confirm", self.confirming.turn, 0.05, self.stopping, self.health)
+            await keep_going(
+                "confirm", self.confirming.turn, 0.05, self.stopping, self.health,
+                backoff_max_s=URGENT_BACKOFF_MAX_S,
+            )  # fmt: skip
             await self.confirming.finish()
         finally:
             self.confirming.drop()
@@ -515,13 +537,19 @@ class Worker:
                     every_s: float,
                     wake: asyncio.Event | None = None,
                     rests: bool = False,
+                    backoff_max_s: float = BACKOFF_MAX_S,
                 ) -> None:
                     group.create_task(
-                        keep_going(name, turn, every_s, self.stopping, self.health, wake=wake, rests=rests),
+                        keep_going(
+                            name, turn, every_s, self.stopping, self.health,
+                            wake=wake, rests=rests, backoff_max_s=backoff_max_s,
+                        ),
                         name=name,
-                    )
+                    )  # fmt: skip
 
-                loop("admit", self.admitter.turn, s.admit_every_ms / 1000)
+                urgent = partial(loop, backoff_max_s=URGENT_BACKOFF_MAX_S)
+
+                urgent("admit", self.admitter.turn, s.admit_every_ms / 1000)
                 loop("beacon", once(lambda: self.admitter.put_beacons(client)), 1.0)
                 loop("beacon-note", lambda: self.admitter.note_beacons(self.engine), 1.0)
                 loop("course", self.course.note, COURSE_EVERY_S)
@@ -537,9 +565,9 @@ class Worker:
                 loop("let-go", self.releaser.let_go, relay_s, rests=True)
                 loop("relay", self.releaser.relay, relay_s, self.releaser.due)
                 loop("events", self.number_events, EVENTS_EVERY_S)
-                loop("pulse", once(self.reconciler.pulse), s.pulse_every_s)
+                urgent("pulse", once(self.reconciler.pulse), s.pulse_every_s)
                 loop("routes-copy", once(partial(copy_routes, self.engine, self.link)), ROUTES_EVERY_S)
-                loop("rebuild", once(self.reconciler.mend), MEND_EVERY_S)
+                urgent("rebuild", once(self.reconciler.mend), MEND_EVERY_S, self.reconciler.elected)
                 loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
                 loop("bills", self.biller.turn, BILLS_EVERY_S)
                 loop("bills-again", self.biller.again, BILLS_AGAIN_EVERY_S)
@@ -555,6 +583,7 @@ class Worker:
                     loop(name, work, 0.1)
                 await self.stopping.wait()
                 self.releaser.due.set()  # nobody rests any longer
+                self.reconciler.elected.set()
         finally:
             await self.link.close()
             await self.reading.close()

@@ -159,6 +159,13 @@ async def test_a_slot_that_has_moved_is_followed_once_with_the_home_of_its_new_n
     assert await answered(scripts) == "Old"
     assert link.home_of(key) != old_home
     assert await link.call("HGET", key, "home") == old_home.encode()
+    assert await link.is_elected(key)
+    right = link._slots[slot_of(key)]
+    link._slots[slot_of(key)] = link._nodes[
+        "127.0.0.1", source.port
+    ]  # an old table: most nodes say otherwise
+    assert not await link.is_elected(key)
+    link._slots[slot_of(key)] = right
     armed = await scripts.sale_rearm(
         sale="moved", epoch=1, old_home=old_home, new_home=link.home_of(key), pulse_at_least=1
     )

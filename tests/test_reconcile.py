@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import msgspec
 import pytest
 
+from app import reconcile
 from app.answers import Old, Pulsed
 from app.embedded import Valkey
 from app.ledger import orders, outbox, sales
-from app.reconcile import ItemBooks, compare
+from app.reconcile import SURE_AFTER, ItemBooks, compare
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
 
@@ -126,6 +128,102 @@ async def test_a_promoted_replica_stays_closed(
     monkeypatch.setattr(shop.link, "call", call)
     assert await shop.reconciler.pulse() == 0
     assert (await home(shop))[0] == before
+
+
+async def be_promoted(shop: Shop, monkeypatch: pytest.MonkeyPatch, *, elected: bool) -> None:
+    """From now on this Redis was a replica, of which sentinels say what they say."""
+    real = shop.link.call
+
+    async def call(*args: str | bytes | int, deadline_s: float | None = None) -> object:
+        if args == ("INFO", "replication"):
+            return b"# Replication\r\nrole:master\r\nmaster_replid2:" + b"ab" * 20 + b"\r\n"
+        return await real(*args, deadline_s=deadline_s)
+
+    async def is_elected(_: object) -> bool:
+        return elected
+
+    monkeypatch.setattr(shop.link, "call", call)
+    monkeypatch.setattr(shop.link, "is_elected", is_elected)
+    await shop.sql("UPDATE sale SET home = 'the primary of before'")
+
+
+@pytest.mark.parametrize("elected", [True, False])
+async def test_a_primary_that_was_elected_is_not_waited_for(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, elected: bool
+) -> None:
+    """Nothing comes back after an election. A replica that just calls itself primary may be the wrong one."""
+    await shop.publish(10)
+    await shop.claim("ann")
+    await shop.confirm()
+    shop.settings.rebuild_after_s = 3_600.0
+    await be_promoted(shop, monkeypatch, elected=elected)
+    assert await shop.reconciler.pulse() == 0
+    assert shop.reconciler.elected.is_set() is elected  # wakes the loop
+    assert await shop.reconciler.mend() == elected
+    assert await shop.reconciler.pulse() == elected
+
+
+def alerts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kinds of the alerts that reconcile gives, as they come."""
+    given: list[str] = []
+    monkeypatch.setattr("app.reconcile.alert", lambda kind, _why, **_facts: given.append(kind))
+    return given
+
+
+async def test_a_rebuild_under_way_is_no_alert_and_one_that_does_not_end_is(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(10)
+    given = alerts(monkeypatch)
+    shop.settings.rebuild_after_s = 3_600.0
+    await shop.scripts.sale_fence(sale=SALE, epoch=1)
+    await shop.sql("UPDATE sale SET home = 'the Redis of before'")  # its first step: the fence
+    await shop.reconciler.pulse()
+    await shop.sql("UPDATE sale SET home = 'rebuilding', pulse = 0")  # and the next: another epoch
+    await shop.reconciler.pulse()
+    assert given == []
+    shop.settings.rebuild_after_s = 0.0
+    await shop.reconciler.pulse()
+    assert given == ["rebuilding"]
+
+
+async def test_what_this_workers_own_rebuild_does_to_a_sale_is_no_alert(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(10)
+    shop.settings.rebuild_after_s = 0.0
+    await shop.link.call("FLUSHALL")
+    await shop.reconciler.pulse()
+    given = alerts(monkeypatch)
+    real = reconcile.rebuild
+
+    async def watched(*args: Any, **named: Any) -> Any:
+        await shop.sql("UPDATE sale SET home = 'rebuilding'")
+        await shop.reconciler.pulse()  # the other loop goes on meanwhile
+        return await real(*args, **named)
+
+    monkeypatch.setattr(reconcile, "rebuild", watched)
+    assert await shop.reconciler.mend() == 1
+    assert given == ["sale_rebuilt"]
+
+
+async def test_units_of_a_sale_that_is_shut_are_no_excess(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older Redis thinks that it has more; the fence keeps it, and the rebuild counts anew."""
+    await shop.publish(10)
+    given = alerts(monkeypatch)
+    await shop.link.call("HINCRBY", shop.keys.stock, "A", 3)
+    await shop.scripts.sale_fence(sale=SALE, epoch=1)
+    for _ in range(SURE_AFTER + 1):
+        await shop.reconciler.compare_all()
+    assert given == []
+    await shop.link.call("HSET", shop.keys.sale, "home", shop.link.run_id)
+    for _ in range(SURE_AFTER - 1):
+        await shop.reconciler.compare_all()
+    assert given == []
+    await shop.reconciler.compare_all()
+    assert given == ["excess"]
 
 
 async def test_a_redis_that_lost_the_sale_stays_closed(shop: Shop) -> None:

@@ -223,6 +223,34 @@ async def test_sentinels_that_are_gone_take_no_link_down(link: tuple[Link, Fake]
     assert await it.call("PING") == b"PONG"
 
 
+async def test_a_primary_counts_as_elected_only_while_most_sentinels_name_it(
+    fakes: Any, valkey: Valkey, unused_tcp_port: int
+) -> None:
+    """A sale is made anew in it without a wait: one sentinel that missed the next failover must not decide that."""
+    three = [await fakes(valkey.port, 5) for _ in range(3)]
+    places = ",".join(f"127.0.0.1:{fake.port}" for fake in three)
+    link = Link(f"redis+sentinel://:{quote(valkey.password)}@{places}/sales", deadline_s=2.0, name="test")
+    assert not await link.is_elected("k")  # not connected
+    await link.start()
+    try:
+        assert await link.is_elected("k")
+        for fake in three[:2]:
+            fake.raw = b"-ERR gone\r\n"
+        assert not await link.is_elected("k")  # only one of them speaks
+        for fake in three:
+            fake.raw, fake.says = None, ("127.0.0.1", unused_tcp_port, 6)
+        assert not await link.is_elected("k")  # another is
+    finally:
+        await link.close()
+    alone = Link(valkey.url, name="test")
+    await alone.start()
+    try:
+        assert alone.connected
+        assert not await alone.is_elected("k")  # a server of its own: nobody elects
+    finally:
+        await alone.close()
+
+
 @pytest.fixture
 def unused_tcp_port() -> int:
     from app.embedded import free_port

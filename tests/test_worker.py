@@ -29,7 +29,7 @@ from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer
 from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.reconcile import Reconciler
-from app.worker import Health, Worker, create_app, keep_going
+from app.worker import Health, Streams, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 
 QUICK: dict[str, Any] = {
@@ -133,6 +133,29 @@ async def test_asks_are_read_again_once_their_stream_is_back(shop: Shop) -> None
     finally:
         await worker.link.close()
         await worker.engine.dispose()
+
+
+async def test_a_stream_is_missing_only_from_a_sale_that_is_open(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is made anew has none for a moment: no alert, and it is read as soon as it is there again."""
+    given: list[str] = []
+    monkeypatch.setattr("app.worker.alert", lambda kind, _why, **_facts: given.append(kind))
+    monkeypatch.setattr("app.worker.SHUT_LOOK_EVERY_S", 0.0)
+    await shop.publish(3)
+    streams = Streams(shop.link, "me", lambda sale: SaleKeys(sale).orders)
+    await shop.scripts.sale_fence(sale=SALE, epoch=1)
+    await shop.link.call("UNLINK", shop.keys.orders)
+    assert await streams.read([SALE], 10) == {}
+    assert given == []
+    await shop.link.call("XGROUP", "CREATE", shop.keys.orders, GROUP, "0", "MKSTREAM")
+    await shop.link.call("XADD", shop.keys.orders, "*", "c", "claim")
+    assert list(await streams.read([SALE], 10)) == [SALE]
+    await shop.link.call("HSET", shop.keys.sale, "home", shop.link.run_id)
+    await shop.link.call("UNLINK", shop.keys.orders)  # somebody did
+    for _ in range(3):
+        assert await streams.read([SALE], 10) == {}
+    assert given == ["stream_missing"]
 
 
 @pytest.mark.parametrize("rests", [True, False])

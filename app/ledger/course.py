@@ -39,6 +39,7 @@ class Counts(NamedTuple):
     sold: int
     to_release: int  # units that go back once the outbox has told Redis
     to_add: int  # units of top-ups that Redis has not been told of
+    epoch: int
 
 
 async def epochs(conn: AsyncConnection, sales: Sequence[str]) -> dict[str, int]:
@@ -206,16 +207,20 @@ async def counts(conn: AsyncConnection, sale: str) -> list[Counts]:
     """The items of a sale with what is under way to Redis, all of one moment (one statement)."""
     found = await conn.execute(
         text(
-            "SELECT item.sku, total, reserved, sold,"
+            "SELECT item.sku, total, reserved, sold, item.epoch,"
             " coalesce(sum(CAST(payload->>'units' AS int)) FILTER (WHERE outbox.kind = 'release'), 0) AS to_release,"
             " coalesce(sum(CAST(payload->>'units' AS int)) FILTER (WHERE outbox.kind = 'stock_add'), 0) AS to_add"
             " FROM item LEFT JOIN outbox ON outbox.sale = item.sale AND outbox.state = 'due'"
             "  AND outbox.payload->>'sku' = item.sku AND outbox.epoch = item.epoch"
-            " WHERE item.sale = :sale GROUP BY item.sku, total, reserved, sold ORDER BY item.sku"
+            " WHERE item.sale = :sale GROUP BY item.sku, total, reserved, sold, item.epoch"
+            " ORDER BY item.sku"
         ),
         {"sale": sale},
     )
-    return [Counts(row.sku, row.total, row.reserved, row.sold, row.to_release, row.to_add) for row in found]
+    return [
+        Counts(row.sku, row.total, row.reserved, row.sold, row.to_release, row.to_add, row.epoch)
+        for row in found
+    ]
 
 
 async def settled_of(conn: AsyncConnection, sales: Sequence[str]) -> list[tuple[str, int]]:

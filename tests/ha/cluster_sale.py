@@ -47,7 +47,6 @@ REST_WITHIN_S = 40.0  # an outbox row that Redis could not take waits up to 15 s
 PATIENT = {
     "FAIRDROP_PROVIDER_DEADLINE_S": "5",
     "FAIRDROP_SLOW_AUTO": "false",
-    "FAIRDROP_REBUILD_AFTER_S": "1",
 }
 
 Fault = Callable[["Stage"], Awaitable[None]]

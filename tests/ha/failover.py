@@ -46,9 +46,6 @@ RECOVERED_WITHIN_S = 40.0
 UNITS = 40
 WINNERS_FIRST = 3
 WINNERS_WITHIN_S = 60.0
-ENVIRONMENT = {
-    "FAIRDROP_REBUILD_AFTER_S": "1"
-}  # what is advised with Sentinel, which has taken its time already
 
 
 class Clock:
@@ -233,7 +230,6 @@ def plan(
         units=UNITS,
         pay_within_s=4,
         buyers=crowd,
-        environment=ENVIRONMENT,
         fault=strike,
         open_for_s=6.0,
         redis=redis,
