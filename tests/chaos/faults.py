@@ -242,11 +242,11 @@ def cuts(seed: int, count: int = 4) -> Plan:
 # --- stores that are full, away, or not what they were ----------------------------------------------------------------
 
 
-def mostly_unpaying(dice: random.Random, over_s: float) -> list[Buyer]:
-    """Units come back all the time, so that there is something to release."""
+def hardly_paying(dice: random.Random, over_s: float) -> list[Buyer]:
+    """Of five orders two are surely there that can be released."""
     people = all_sorts(dice, over_s)
     for buyer in people:
-        if dice.random() < 0.6:
+        if dice.random() < 0.9:
             buyer.pays = False
     return people
 
@@ -274,8 +274,18 @@ async def releases(stage: Stage) -> int:
     return int(rows[0]["n"])
 
 
+async def deadlines_pass(stage: Stage, most: int) -> None:
+    await stage.sql(
+        "UPDATE purchase_order SET pay_by = now() WHERE order_no IN (SELECT order_no FROM purchase_order"
+        " WHERE state = 'reserved' AND pay_by > now() ORDER BY pay_by LIMIT $1)",
+        most,
+    )
+
+
 async def a_release_runs(stage: Stage) -> None:
+    """The deadline of one unpaid order passes now, however long the fault took to show, and its units go back."""
     before = await releases(stage)
+    await deadlines_pass(stage, 1)
 
     async def more() -> bool:
         return await releases(stage) > before
@@ -295,14 +305,15 @@ def redis_full(seed: int) -> Plan:
             await a_join_gets_503(stage)
             await a_release_runs(stage)
             await client.config_set("maxmemory", 0)
-        paid = sum("reserved" in buyer.states for buyer in stage.crowd.people)
-        await stage.told("reserved", paid + 1)
+        had = sum("reserved" in buyer.states for buyer in stage.crowd.people)
+        await stage.told("reserved", had + 1)
+        await deadlines_pass(stage, 100)
 
     return Plan(
         f"redis_full-{seed}",
         units=5,
-        pay_within_s=2,
-        buyers=lambda dice: mostly_unpaying(dice, 14.0),
+        pay_within_s=12,  # longer than the fault takes to show
+        buyers=lambda dice: hardly_paying(dice, 14.0),
         control={"late_pay": True},
         fault=fill,
         open_for_s=4.0,
@@ -339,12 +350,13 @@ def disk_full(seed: int) -> Plan:
         assert not disk.shut, said
         had = sum("reserved" in buyer.states for buyer in stage.crowd.people)
         await stage.told("reserved", had + 1)
+        await deadlines_pass(stage, 100)
 
     return Plan(
         f"disk_full-{seed}",
         units=5,
-        pay_within_s=2,
-        buyers=lambda dice: mostly_unpaying(dice, 20.0),
+        pay_within_s=12,  # longer than the fault takes to show
+        buyers=lambda dice: hardly_paying(dice, 20.0),
         control={"late_pay": True},
         small_disk_mb=24,
         fault=fill,
