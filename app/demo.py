@@ -27,10 +27,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import httpx
-import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -38,12 +37,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from app.check_history import report
 from app.crowd import Buyer, Crowd, cast_crowd
 from app.embedded import launch_command
 from app.errors import CannotStart, FairdropError
 from app.history.final import finish
 from app.history.judge import judge
+from app.history.report import report
 from app.record import Recorder, Run, read
 
 PAY_WITHIN_S = 6  # long enough for the slowest honest buyer of the crowd, short enough to see units come back
@@ -591,26 +590,6 @@ async def _settled(desk: Desk, sale: str) -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
-def demo(
-    buyers: Annotated[int, typer.Option(min=1, max=50_000, help="People and bots who want a unit.")] = 5_000,
-    units: Annotated[int, typer.Option(min=1, max=50_000, help="Units on sale.")] = 200,
-    seed: Annotated[int, typer.Option(help="Same seed, same crowd.")] = 1,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print nothing but one JSON document on standard output.")
-    ] = False,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Keep the stores here; default: a temporary directory, removed at the end."),
-    ] = None,
-    front_workers: Annotated[int, typer.Option(min=1, max=8, help="Front-door processes.")] = 1,
-    kill_worker: Annotated[
-        bool, typer.Option("--kill-worker", help="kill -9 the worker in the middle: nothing may change.")
-    ] = False,
-) -> None:
-    """Run a whole sale in front of your eyes: line, draw, opening, claims, orders, payments, standby, SMS, audit."""
-    raise typer.Exit(run_demo(buyers, units, seed, json_output, data_dir, front_workers, kill_worker))
 
 
 def run_demo(

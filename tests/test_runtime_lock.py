@@ -31,8 +31,9 @@ class Hide(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Hide())
 assert "pytest" in hidden and "fastapi" not in hidden
-import app.admin_cli, app.cli, app.demo, app.front, app.office, app.providers.sandbox, app.supervisor, app.verify_draw
+import app.cli, app.demo, app.front, app.office, app.providers.sandbox, app.supervisor
 import app.worker
+app.cli.command_line()  # every family of commands
 from sqlalchemy.ext.asyncio import create_async_engine
 create_async_engine("postgresql+asyncpg://nobody@127.0.0.1/none")
 """

@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from app.check_history import report
+from app.history.report import report
 from app.record import Mark
 from tests.chaos.kinds import KINDS
 from tests.chaos.scenario import Outcome

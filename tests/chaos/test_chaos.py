@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from app.check_history import report
+from app.history.report import report
 from app.record import Mark
 from tests.chaos import faults
 from tests.chaos.chaos import Run, runs_of, summary, todo

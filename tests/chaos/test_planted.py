@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.check_history import report
+from app.history.report import report
 from tests.chaos.planted import PLANS
 from tests.chaos.plants import PLANTS
 from tests.chaos.scenario import play

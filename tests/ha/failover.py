@@ -28,9 +28,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
-from app.check_history import report
 from app.crowd import Buyer
 from app.errors import DidNotHappen, Unknown
+from app.history.report import report
 from app.keys import SaleKeys
 from app.ledger import engine as engines
 from app.link import Link

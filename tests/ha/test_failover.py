@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from app.check_history import report
+from app.history.report import report
 from tests.chaos.system import Zygote
 from tests.conftest import Stores
 from tests.ha.failover import KINDS, fail_over

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from app import draw
-from app.check_history import check_history, report
+from app.commands.check_history import check_history
 from app.history.judge import judge
+from app.history.report import report
 from app.record import (
     Buried,
     Capture,

@@ -10,14 +10,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
-import httpx
 import typer
 
 from app import draw
+from app.commands.installation import DataDir, settings_of
 from app.errors import CannotStart
+
+if TYPE_CHECKING:
+    import httpx
+
+commands = typer.Typer()
 
 ANSWER_WITHIN_S = 30.0  # each read; a list of a million entries is 80 MB and streams
 ENTRIES_MAX = 50_000_000  # more than any sale; a front door that never stops must not fill our memory
@@ -63,6 +68,8 @@ class Report:
 
 def recompute(front_url: str, sale: str) -> Report:
     """Recompute every rank from the public documents. CannotStart: nobody answers, or nothing to check yet."""
+    import httpx
+
     path = f"/v1/sales/{quote(sale, safe='')}/draw"
     try:
         with httpx.Client(base_url=front_url, timeout=ANSWER_WITHIN_S, trust_env=False) as http:
@@ -137,6 +144,7 @@ def _check(sale: str, document: dict[str, Any], hashes: dict[str, list[bytes]]) 
     return report
 
 
+@commands.command("verify-draw")
 def verify_draw(
     sale: Annotated[str, typer.Argument(metavar="SALE", help="The sale's id.")],
     front: Annotated[
@@ -149,9 +157,7 @@ def verify_draw(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")
     ] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Where a running `up` wrote urls.json.")
-    ] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Recompute every rank of a draw from what the front door publishes; exit 1 if anything does not agree."""
     report = recompute(front or _front_of(data_dir), sale)
@@ -193,8 +199,7 @@ def _published_hash(report: Report) -> str:
 
 
 def _front_of(data_dir: Path | None) -> str:
-    from app.settings import Settings
     from app.supervisor import read_urls
 
-    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+    settings = settings_of(data_dir=data_dir)
     return settings.public_url or str(read_urls(settings.data_dir)["front"])

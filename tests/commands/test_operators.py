@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import pytest
 
-from app.admin_cli import transitions
+from app.commands.providers import transitions
 from app.ledger import bills
 from app.providers.payment import BillLine
 from tests.office.conftest import FIRST_KEY, Office, iso, open_office, settings_for, write_order
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Ran(NamedTuple):
@@ -254,3 +254,9 @@ async def test_an_order_is_traced(office: Office) -> None:
     document = await fairdrop("trace", number, "--json", office=office)
     assert document.json["order_no"] == number
     assert (await fairdrop("trace", "0123456789ABCDEFGHIJ", office=office)).status == 1
+
+
+async def test_a_setting_that_does_not_hold_is_one_sentence() -> None:
+    ran = await fairdrop("audit", "drop", FAIRDROP_FRONT_PORT="door")
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith("fairdrop: FAIRDROP_FRONT_PORT: ")

@@ -13,8 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from app import draw
+from app.commands.verify_draw import recompute, verify_draw
 from app.errors import CannotStart
-from app.verify_draw import recompute, verify_draw
 
 SEED = bytes(range(32))
 HASHES = [b"hash-%05d" % number for number in range(25)]

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.commands.test_operators import fairdrop
 from tests.office.conftest import Office, open_office, settings_for
-from tests.test_admin_cli import fairdrop
 
 
 @pytest.fixture
