@@ -18,7 +18,8 @@ from app.door.hot import HotRoutes
 from app.errors import CannotStart
 from app.identity import Identity
 from app.purchase.accept import Door
-from app.purchase.track import Streams, Tracker
+from app.purchase.follow import EventStreams
+from app.purchase.track import Tracker
 from app.resources import release
 from app.sale.public import PublicDocuments
 from app.sale.snapshot import Snapshots
@@ -53,7 +54,7 @@ def create_app(settings: Settings) -> HotRoutes:
     scripts = Scripts(link)
     snapshots = Snapshots(link, settings)
     tracker = Tracker(settings, link, ring, snapshots)
-    streams = Streams(settings, tracker, snapshots)
+    streams = EventStreams(settings, tracker, snapshots)
     documents = PublicDocuments(snapshots, settings.poll_min_ms, settings.poll_max_ms)
     door = Door(settings, snapshots, ring, identity, tracker, streams, documents, link, scripts)
     counts = Counts(door)

@@ -26,7 +26,8 @@ from app.door.shapes import NothingToWaitFor, PayIn, TicketOut
 from app.identity import Caller, missing
 from app.problems import JsonRoute, refusals, refuse, request_id_of
 from app.purchase.accept import Answer, Door, JoinIn, settled
-from app.purchase.track import Seen, Streams, Told, Watch, stale
+from app.purchase.follow import EventStreams, Follower
+from app.purchase.track import Seen, Told, stale
 from app.sale.snapshot import ItemView, SaleView
 from app.sealing import SealingKey, address_aad, payer_aad, seal
 from app.tokens import Ticket
@@ -298,11 +299,11 @@ class TicketEvents(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, streams: Streams, watch: Watch, token: str, ticket: Ticket, mine: bool, first: Told
+        self, streams: EventStreams, follower: Follower, token: str, ticket: Ticket, mine: bool, first: Told
     ) -> None:
         super().__init__(b"", media_type=self.media_type)
         self._streams = streams
-        self._watch = watch
+        self._follower = follower
         self._about = (token, ticket, mine, first)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -326,7 +327,7 @@ class TicketEvents(Response):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             gone = asyncio.create_task(until_gone(), name="stream client")
             told = asyncio.create_task(
-                self._streams.run(self._watch, token, ticket, mine, first, write), name="stream"
+                self._streams.run(self._follower, token, ticket, mine, first, write), name="stream"
             )
             try:
                 await asyncio.wait((gone, told), return_when=asyncio.FIRST_COMPLETED)
@@ -339,7 +340,7 @@ class TicketEvents(Response):
                     raise result
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._streams.leave(self._watch)
+            self._streams.leave(self._follower)
 
 
 @router.get(
@@ -366,5 +367,5 @@ async def events(request: Request, ticket: str) -> Response:
     told = await door.tracker.told(ticket, found, view, item, mine)
     if told.ended:
         return respond(request, Answer.of(204, ((b"cache-control", b"no-store"),), b""))
-    watch = door.streams.enter()
-    return TicketEvents(door.streams, watch, ticket, found, mine, told)
+    follower = door.streams.enter()
+    return TicketEvents(door.streams, follower, ticket, found, mine, told)

@@ -39,7 +39,8 @@ from app.identity import Caller, Identity, KeysNeeded, missing
 from app.link import Link
 from app.problems import body_refusal, is_json, refuse
 from app.purchase.claim import Claims, Wish
-from app.purchase.track import Streams, Tracker, stale
+from app.purchase.follow import EventStreams
+from app.purchase.track import Tracker, stale
 from app.sale.public import Document, PublicDocuments, at
 from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Scripts
@@ -146,7 +147,7 @@ class Door:
         ring: Keyring,
         identity: Identity,
         tracker: Tracker,
-        streams: Streams,
+        streams: EventStreams,
         documents: PublicDocuments,
         link: Link,
         scripts: Scripts,

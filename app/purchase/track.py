@@ -6,10 +6,8 @@ other poll is read from Redis, many in one pipeline, so the states told never ru
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
-import time
 from binascii import hexlify
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ import msgspec
 
 from app import alike
 from app.batcher import Batcher, Full
-from app.errors import DidNotHappen, FairdropError, Refusal
+from app.errors import DidNotHappen, Refusal
 from app.keys import SaleKeys
 from app.link import Link
 from app.problems import refuse
@@ -581,121 +579,3 @@ def stale() -> Refusal:
         "The line is not reachable just now; repeat the same request.",
         retry_after_s=random.randint(1, 3),
     )
-
-
-# --- event streams ---------------------------------------------------------------------------------------------------
-
-HEARTBEAT_S = 15.0  # a comment this often keeps proxies from closing a quiet stream
-IN_HAND_EVERY_S = 0.5  # a claimed or reserved ticket is read this often
-TROUBLE_EVERY_S = 1.0
-
-
-class Watch:
-    """One open stream: what must happen for it to be looked at again."""
-
-    __slots__ = ("at_most", "item", "rank", "seq", "sleeper", "view")
-
-    def __init__(self) -> None:
-        self.view: SaleView | None = None
-        self.item: ItemView | None = None
-        self.rank: int | None = None
-        self.seq = 0
-        self.at_most = 0.0
-        self.sleeper: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        if self.sleeper is not None and not self.sleeper.done():
-            self.sleeper.set_result(None)
-
-
-class Streams:
-    """The open event streams of a process. One sweep a snapshot wakes those whose ticket may have changed."""
-
-    def __init__(self, settings: Settings, tracker: Tracker, snapshots: Snapshots) -> None:
-        self.tracker = tracker
-        self._snapshots = snapshots
-        self._max = settings.sse_max
-        self._open: set[Watch] = set()
-        self._draining = False
-        snapshots.on_tick.append(self.sweep)
-
-    @property
-    def open(self) -> int:
-        return len(self._open)
-
-    def drain(self) -> None:
-        """End all streams now: their clients come back to another process."""
-        self._draining = True
-        for watch in self._open:
-            watch.wake()
-
-    def enter(self) -> Watch:
-        """A place for one more stream. Refusal 503 `busy` beyond sse_max: the client polls instead."""
-        if self._draining or len(self._open) >= self._max:
-            raise refuse(
-                "busy", "No more event streams here: poll the ticket.", retry_after_s=random.randint(2, 6)
-            )
-        watch = Watch()
-        self._open.add(watch)
-        return watch
-
-    def leave(self, watch: Watch) -> None:
-        self._open.discard(watch)
-
-    def sweep(self) -> None:
-        now = time.monotonic()
-        now_ms = self._snapshots.now_ms()
-        for watch in self._open:
-            if watch.sleeper is None or watch.sleeper.done():
-                continue
-            item, view = watch.item, watch.view
-            if now >= watch.at_most or (
-                item is not None
-                and view is not None
-                and (
-                    (item.drawn if watch.rank is None else item.served >= watch.rank)
-                    or watch.seq in item.left
-                    or view.closed
-                    or now_ms >= view.closes_ms
-                    or self._snapshots.get(view.id) is not view
-                )
-            ):
-                watch.wake()
-
-    async def run(self, watch: Watch, token: str, ticket: Ticket, mine: bool, first: Told, send: Any) -> None:
-        """Send the document at each change, else as often as poll_after_ms, until an ended state or draining.
-
-        `send(bytes)` writes to the client. Ends by itself; the caller cancels it when the client is gone.
-        """
-        await send(b"retry: %d\n\n" % random.randint(1_000, 4_000))
-        told, key, next_at = first, b"", 0.0
-        while True:
-            now = time.monotonic()
-            if told.key != key or now >= next_at:
-                await send(b"event: ticket\ndata: %b\n\n" % told.body)
-                if told.poll_after_ms is None:
-                    return
-                key, next_at = told.key, now + told.poll_after_ms / 1000
-            if self._draining:
-                return
-            heartbeat_at = now + HEARTBEAT_S
-            waits = key in (b"w", b"W")
-            view = self._snapshots.get(ticket.sale)
-            watch.view = view if waits else None
-            if waits and view is not None:
-                watch.item = view.order[ticket.item]
-                watch.rank, watch.seq = watch.item.rank_of(ticket.seq), ticket.seq
-            watch.at_most = min(next_at, heartbeat_at) if waits else min(next_at, now + IN_HAND_EVERY_S)
-            watch.sleeper = asyncio.get_running_loop().create_future()
-            await watch.sleeper
-            try:
-                view = self._snapshots.get(ticket.sale)
-                if view is None:
-                    raise DidNotHappen("the sale is not known just now")
-                told = await self.tracker.told(token, ticket, view, view.order[ticket.item], mine)
-            except FairdropError:
-                if not self._snapshots.fresh:
-                    return  # the client comes back after `retry`, perhaps to a process that sees Redis
-                await asyncio.sleep(TROUBLE_EVERY_S)
-            if time.monotonic() >= heartbeat_at and told.key == key and time.monotonic() < next_at:
-                await send(b": still here\n\n")
