@@ -34,8 +34,8 @@ from app.desk.shapes import (
 )
 from app.desk.wiring import Desk, TheDesk, reading
 from app.keys import SaleKeys
-from app.ledger import books, orders, payments
-from app.ledger.payments import RefundAsked, RefundRefused
+from app.ledger import books, orders, payments, refunds
+from app.ledger.refunds import RefundAsked, RefundRefused
 from app.problems import JsonRoute, refusals, refuse
 from app.purchase.told import instant
 from app.sale.document import PRICE_MINOR_MAX
@@ -241,7 +241,7 @@ async def refund(order_no: OrderPath, post: OperatorPosts, body: RefundIn | None
 
     async def effect(change: Change) -> Answer:
         async with change.step() as conn:
-            asked = await payments.ask_refund(conn, order_no, wanted.amount_minor, wanted.restock, "operator")
+            asked = await refunds.ask(conn, order_no, wanted.amount_minor, wanted.restock, "operator")
             match asked:
                 case RefundRefused("no_such_order"):
                     raise refuse("no_such_order")
@@ -333,7 +333,7 @@ async def _end_page(
         if row["state"] == "reserved" and (how := await end(conn, row["order_no"])) is not None:
             counts[how] += 1
         elif row["state"] == "paid":
-            asked = await payments.ask_refund(conn, row["order_no"], None, False, "operator")
+            asked = await refunds.ask(conn, row["order_no"], None, False, "operator")
             counts["refunding"] += isinstance(asked, RefundAsked)
     return len(rows) == limit, start
 

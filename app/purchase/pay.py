@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
 from app.errors import DidNotHappen, Unknown
-from app.ledger import orders, payments
+from app.ledger import captures, orders, payments, refunds
 from app.ledger.engine import alone
 from app.providers.answer import other_may
 from app.providers.guard import GuardedPayment
@@ -102,7 +102,7 @@ async def run(
         _Work("starts", payments.lease_starts, step, 1),
         _Work("again", payments.lease_again, step, 2, per_s=AGAIN_PER_S),
         _Work("polls", payments.lease_polls, step, 4),
-        _Work("refunds", payments.lease_refunds, _refund, 4, LATE_EVERY_S),
+        _Work("refunds", refunds.lease, _refund, 4, LATE_EVERY_S),
     )
     async with asyncio.TaskGroup() as group:
         for provider in providers.payment.values():
@@ -365,7 +365,7 @@ async def _end(till: Till, row: Row, state: str, code: str | None, *, again: boo
             await payments.hasten_wanted(conn, row["order_no"])
             await orders.bump(conn, row["order_no"])
         elif order["state"] == "paid":
-            kept = await payments.kept_capture(conn, row["order_no"])
+            kept = await captures.kept(conn, row["order_no"])
             if kept is not None and kept["attempt_id"] is not None and kept["attempt_id"] != row["id"]:
                 await payments.succeed(conn, kept["attempt_id"])
 

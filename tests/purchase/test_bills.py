@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from app import bills as reading
 from app.bills import Biller
-from app.ledger import bills, payments
+from app.ledger import bills, refunds
 from app.ledger.engine import alone
 from app.providers.answer import Done
 from app.providers.payment import BillLine, RefundWanted
@@ -51,9 +51,7 @@ async def differences(till: Money, day: date | None = None) -> list[tuple[str, s
 async def test_books_that_agree_stay_agreed_however_often_they_are_read(till: Money) -> None:
     number = await paid(till, "ann")
     async with till.engine.begin() as conn:
-        assert isinstance(
-            await payments.ask_refund(conn, number, None, False, "damaged"), payments.RefundAsked
-        )
+        assert isinstance(await refunds.ask(conn, number, None, False, "damaged"), refunds.RefundAsked)
     async with till.loops():
         await till.becomes(number, "refunded")
     for _ in range(2):
@@ -159,8 +157,8 @@ async def test_each_suppliers_bill_agrees_with_what_its_call_backs_said(real: tu
         await till.sql("UPDATE capture SET captured_at = captured_at - interval '1 s'")
         assert await differences(till) == []
         async with till.engine.begin() as conn:
-            asked = await payments.ask_refund(conn, number, None, False, "damaged")
-            assert isinstance(asked, payments.RefundAsked)
+            asked = await refunds.ask(conn, number, None, False, "damaged")
+            assert isinstance(asked, refunds.RefundAsked)
         await till.becomes(number, "refunded")
     print_bill(case, refund_id=asked.refund_id)
     assert await differences(till) == []

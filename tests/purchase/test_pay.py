@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.ledger import orders, payments
+from app.ledger import orders, payments, refunds
 from app.providers import sandbox_wire
 from app.providers.payment import HookRefundFailed
 from app.purchase import leased, pay
@@ -585,16 +585,16 @@ async def _paid(till: Money, buyer: str = "ann") -> str:
 
 async def _refund(till: Money, number: str, amount: int | None = None, restock: bool = False) -> Any:
     async with till.engine.begin() as conn:
-        return await payments.ask_refund(conn, number, amount, restock, "operator")
+        return await refunds.ask(conn, number, amount, restock, "operator")
 
 
 @pytest.mark.parametrize("restock", [True, False])
 async def test_a_refund_gives_the_money_back_and_the_unit_if_asked(till: Money, restock: bool) -> None:
     number = await _paid(till)
     asked = await _refund(till, number, restock=restock)
-    assert isinstance(asked, payments.RefundAsked)
+    assert isinstance(asked, refunds.RefundAsked)
     assert asked.order["state"] == "refunding"
-    assert await _refund(till, number) == payments.RefundRefused("not_paid")
+    assert await _refund(till, number) == refunds.RefundRefused("not_paid")
     async with till.loops():
         await till.becomes(number, "refunded")
     await till.relay()
@@ -604,15 +604,15 @@ async def test_a_refund_gives_the_money_back_and_the_unit_if_asked(till: Money, 
 
 async def test_a_part_goes_back_and_lowers_the_order(till: Money) -> None:
     number = await _paid(till)
-    assert await _refund(till, number, PRICE + 1) == payments.RefundRefused("amount_wrong")
-    assert await _refund(till, number, 0) == payments.RefundRefused("amount_wrong")
-    assert await _refund(till, number, 100, restock=True) == payments.RefundRefused("restock_needs_whole")
-    assert isinstance(await _refund(till, number, 900), payments.RefundAsked)
+    assert await _refund(till, number, PRICE + 1) == refunds.RefundRefused("amount_wrong")
+    assert await _refund(till, number, 0) == refunds.RefundRefused("amount_wrong")
+    assert await _refund(till, number, 100, restock=True) == refunds.RefundRefused("restock_needs_whole")
+    assert isinstance(await _refund(till, number, 900), refunds.RefundAsked)
     async with till.loops():
         await until(lambda: _amount_is(till, number, PRICE - 900))
     assert await till.state(number) == "paid"
     await till.balanced()
-    assert isinstance(await _refund(till, number, restock=True), payments.RefundAsked)
+    assert isinstance(await _refund(till, number, restock=True), refunds.RefundAsked)
     async with till.loops():
         await till.becomes(number, "refunded")
     assert (await till.shop.stats())["refunded_minor"] == PRICE
@@ -650,7 +650,7 @@ async def test_a_refund_that_is_refused_for_good_calls_a_person(till: Money) -> 
         await until(failed)
     assert await till.state(number) == "paid"  # as its money is still with us
     assert await till.captures(number) == ["kept"]
-    assert isinstance(await _refund(till, number), payments.RefundAsked)
+    assert isinstance(await _refund(till, number), refunds.RefundAsked)
 
 
 async def test_a_pending_refund_is_looked_at_until_it_is_done(till: Money) -> None:

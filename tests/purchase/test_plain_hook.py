@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.ledger import payments
+from app.ledger import captures
 from app.providers import sandbox_wire
 from app.purchase.paying import hook
 from tests.providers.server import SECRET, Shop
@@ -93,7 +93,7 @@ async def test_both_ways_leave_the_same_rows(
     supplier: Shop, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     seen = []
-    plainly = payments.pay_plainly
+    plainly = captures.pay_plainly
     for long_way in (False, True):
         ways: list[str | None] = []
 
@@ -103,7 +103,7 @@ async def test_both_ways_leave_the_same_rows(
             ways.append(None if long_way else await plainly(*args, **facts))
             return ways[-1]
 
-        monkeypatch.setattr(payments, "pay_plainly", spied)
+        monkeypatch.setattr(captures, "pay_plainly", spied)
         async with money(supplier, redis_url, database_url) as till:
             if long_way:
                 await empty(till)
@@ -141,7 +141,7 @@ async def test_what_is_not_plain_changes_nothing_here(till: Money, name: str) ->
     before = await rows(till)
     async with till.engine.connect() as conn:
         conn = await conn.execution_options(isolation_level="AUTOCOMMIT")
-        found = await payments.pay_plainly(
+        found = await captures.pay_plainly(
             conn, provider="sandbox", event_id="evt-1", digest=b"x" * 32, provider_ref="cap-1", order_no=number,
             attempt_id=f"{number}-1", amount_minor=PRICE, currency="CNY", captured_at=datetime.now(UTC),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from app.ledger import orders, payments
+from app.ledger import orders, payments, refunds
 from app.purchase import leased, pay
 from app.purchase.paying import hook, refund
 from tests.providers.server import Shop, until
@@ -139,8 +139,8 @@ async def test_an_order_is_paid_by_the_suppliers_call_back_once_and_refunded_onc
         assert await till.state(number) == "paid"
         assert await till.captures(number) == ["kept"]
         async with till.engine.begin() as conn:
-            asked = await payments.ask_refund(conn, number, None, False, "damaged")
-            assert isinstance(asked, payments.RefundAsked)
+            asked = await refunds.ask(conn, number, None, False, "damaged")
+            assert isinstance(asked, refunds.RefundAsked)
         await till.becomes(number, "refunded")
     assert case.refunded() == PRICE
     assert await till.captures(number) == ["refunded"]
@@ -200,7 +200,7 @@ async def test_a_refund_that_the_supplier_gives_up_later_calls_a_person_and_is_n
                 headers, body = await asyncio.to_thread(case.pay, f"{number}-1", link)
                 await hook.take_hook(till.engine, till.providers, case.name, headers, body)
                 async with till.engine.begin() as conn:
-                    await payments.ask_refund(conn, number, None, False, "damaged")
+                    await refunds.ask(conn, number, None, False, "damaged")
                 await until(lambda: case.api.refunds)
                 assert await till.state(number) == "refunding" and not called
                 for one in case.api.refunds.values():

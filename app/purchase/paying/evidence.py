@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
-from app.ledger import orders, payments
+from app.ledger import captures, orders, payments
 from app.ledger.engine import alone
 from app.providers.payment import Captured
 from app.purchase import release
@@ -65,7 +65,7 @@ async def take_evidence(
     order = await orders.lock(conn, captured.order_no)
     if order is None:
         raise LookupError(f"attempt {captured.attempt_id} has no order")
-    capture_id = await payments.capture_add(
+    capture_id = await captures.add(
         conn,
         provider=provider,
         provider_ref=captured.provider_ref,
@@ -79,13 +79,13 @@ async def take_evidence(
         return "known"
     if order["state"] == "reserved":
         await orders.pay(conn, captured.order_no)
-        await payments.keep(conn, capture_id)
+        await captures.keep(conn, capture_id)
         await payments.succeed(conn, captured.attempt_id)
         await payments.look_at_others(conn, captured.order_no, captured.attempt_id)
         return "paid"
     if order["state"] in ("expired", "cancelled"):
         return "late"
-    await payments.give_back(conn, capture_id, "second_capture")
+    await captures.give_back(conn, capture_id, "second_capture")
     return "refund"
 
 
@@ -99,17 +99,17 @@ async def weigh_late(engine: AsyncEngine, scripts: Scripts) -> int:
     Raises DidNotHappen and Unknown while Redis is away: they stay `due`.
     """
     async with alone(engine) as conn:
-        due = await payments.due_captures(conn, LATE_MAX)
+        due = await captures.due(conn, LATE_MAX)
     decided = 0
     for capture in due:
 
         async def kept(conn: AsyncConnection, capture: Row = capture) -> None:
-            if not await payments.keep(conn, capture["id"]):
+            if not await captures.keep(conn, capture["id"]):
                 raise _WeighedBefore
             await payments.succeed(conn, capture["attempt_id"])
 
         async def refused(conn: AsyncConnection, capture: Row = capture) -> None:
-            await payments.give_back(conn, capture["id"], "late_money")
+            await captures.give_back(conn, capture["id"], "late_money")
 
         try:
             decision = await release.settle_late(

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
-from app.ledger import orders, payments
+from app.ledger import captures, orders, payments, refunds
 from app.ledger.engine import alone, passes
 from app.providers.payment import (
     Hook,
@@ -63,7 +63,7 @@ async def take_hook(
     try:
         if isinstance(hook, HookPaid):
             async with alone(engine) as conn:
-                plain = await payments.pay_plainly(
+                plain = await captures.pay_plainly(
                     conn,
                     provider=name,
                     event_id=hook.event_id,
@@ -101,7 +101,7 @@ async def _take(conn: AsyncConnection, provider: str, hook: Hook, digest: bytes)
     if isinstance(hook, HookForged):
         raise ValueError("a forged call-back got this far")
     kind = type(hook).__name__.removeprefix("Hook").lower()
-    if not await payments.inbox_add(conn, provider, hook.event_id, kind, digest, kind):
+    if not await captures.inbox_add(conn, provider, hook.event_id, kind, digest, kind):
         return "duplicate"
     match hook:
         case HookPaid():
@@ -113,10 +113,10 @@ async def _take(conn: AsyncConnection, provider: str, hook: Hook, digest: bytes)
         case HookClosed():
             return await _over(conn, hook.attempt_id, hook.order_no, "closed", hook.code, True)
         case HookRefunded():
-            done = await payments.refund_done(conn, hook.refund_id, hook.provider_ref)
+            done = await refunds.done(conn, hook.refund_id, hook.provider_ref)
             return "refunded" if done else "known"
         case HookRefundFailed():
-            state = await payments.refund_doubted(conn, hook.refund_id)
+            state = await refunds.doubted(conn, hook.refund_id)
             if state == "done":
                 alert(
                     "refund_came_back",

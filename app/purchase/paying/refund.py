@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.alarm import alert
 from app.breaker import Result
-from app.ledger import payments
+from app.ledger import refunds
 from app.providers.answer import Done, MaybeDone, NotDone, Refused
 from app.providers.guard import GuardedPayment
 from app.providers.payment import RefundState, RefundWanted
@@ -26,7 +26,7 @@ async def send_refund(engine: AsyncEngine, provider: GuardedPayment, row: Row) -
             return
         if not isinstance(looked, Done):
             async with engine.begin() as conn:
-                await payments.refund_wait(conn, held(row), row["state"], backoff_s(row["tries"]))
+                await refunds.wait(conn, held(row), row["state"], backoff_s(row["tries"]))
             return
     answer = await provider.refund(
         RefundWanted(
@@ -46,14 +46,14 @@ async def send_refund(engine: AsyncEngine, provider: GuardedPayment, row: Row) -
         case NotDone():
             async with engine.begin() as conn:
                 wait_s = backoff_s(row["tries"], answer.retry_in_ms)
-                await payments.refund_wait(conn, held(row), row["state"], wait_s)
+                await refunds.wait(conn, held(row), row["state"], wait_s)
         case MaybeDone():
             async with engine.begin() as conn:
-                await payments.refund_wait(conn, held(row), "unknown", backoff_s(row["tries"]))
+                await refunds.wait(conn, held(row), "unknown", backoff_s(row["tries"]))
         case Refused() if answer.counts is Result.FAILURE:
             # Not this refund is refused, but all of our calls: a key is wrong. It waits until that is set right.
             async with engine.begin() as conn:
-                await payments.refund_wait(conn, held(row), row["state"], backoff_s(row["tries"]))
+                await refunds.wait(conn, held(row), row["state"], backoff_s(row["tries"]))
         case Refused():
             await _give_up(engine, row, answer.code)
         case _:
@@ -64,12 +64,12 @@ async def _stands(engine: AsyncEngine, row: Row, found: RefundState) -> None:
     match found.state:
         case "done":
             async with engine.begin() as conn:
-                await payments.refund_done(conn, row["id"], found.provider_ref)
+                await refunds.done(conn, row["id"], found.provider_ref)
         case "failed":
             await _give_up(engine, row, found.code or "refund_failed")
         case "pending" | "absent":
             async with engine.begin() as conn:
-                await payments.refund_wait(conn, held(row), "sent", backoff_s(row["tries"]))
+                await refunds.wait(conn, held(row), "sent", backoff_s(row["tries"]))
             # Asked again and again; a person is called at the first look and ever more rarely.
             if found.code is not None and row["tries"] & (row["tries"] - 1) == 0:
                 alert(
@@ -85,7 +85,7 @@ async def _stands(engine: AsyncEngine, row: Row, found: RefundState) -> None:
 
 async def _give_up(engine: AsyncEngine, row: Row, code: str) -> None:
     async with engine.begin() as conn:
-        failed = await payments.refund_failed(conn, row)
+        failed = await refunds.failed(conn, row)
     if failed:
         alert(
             "refund_refused",
