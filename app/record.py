@@ -1,7 +1,7 @@
 """A history: what clients asked and were told, what the supplier did, what the stores held in the end; JSON lines.
 
-Written by the demo's buyers (app/crowd.py), the Locust suite and the chaos tests; judged by app/history. Every line has
-a `t`, which says what it is; docs: docs/history.md.
+Written by the demo's crowd, the Locust suite and the chaos tests; judged by app/history. Every line has a `t`, which
+says what it is; docs: docs/history.md.
 
     op        one step of a client's operation: invoke, then ok, fail (certainly not done) or unknown
     supplier  money at the supplier, and call-backs that were acknowledged

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from app.crowd import Buyer, Crowd, Doing, Wires, cast_crowd, may_follow
-from app.demo import close_books
+from app.demo.books import close_books
+from app.demo.crowd import Buyer, Crowd, Doing, Wires, cast_crowd, may_follow
 from app.errors import Unknown
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ class Hide(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Hide())
 assert "pytest" in hidden and "fastapi" not in hidden
-import app.cli, app.demo, app.front, app.office, app.providers.sandbox, app.supervisor
+import app.cli, app.demo.hold, app.front, app.office, app.providers.sandbox, app.supervisor
 import app.worker
 app.cli.command_line()  # every family of commands
 from sqlalchemy.ext.asyncio import create_async_engine

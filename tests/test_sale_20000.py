@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.crowd import Answer, Wires
-from app.demo import Desk, Servers
+from app.demo.crowd import Answer, Wires
+from app.demo.desk import Desk
+from app.demo.servers import Servers
 from app.errors import Unknown
 
 BUYERS = 20_000

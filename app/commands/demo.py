@@ -28,6 +28,6 @@ def demo(
     ] = False,
 ) -> None:
     """Run a whole sale in front of your eyes: line, draw, opening, claims, orders, payments, standby, SMS, audit."""
-    from app.demo import run_demo
+    from app.demo.hold import run_demo
 
     raise typer.Exit(run_demo(buyers, units, seed, json_output, data_dir, front_workers, kill_worker))

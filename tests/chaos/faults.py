@@ -22,7 +22,7 @@ import msgspec
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from app.crowd import Buyer
+from app.demo.crowd import Buyer
 from app.disk import MB, Disk
 from app.embedded import Postgres, Valkey
 from app.errors import FairdropError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import redis.asyncio
 
-from app.crowd import Buyer
+from app.demo.crowd import Buyer
 from app.keys import SaleKeys
 from app.link import Link
 from app.rebuild import rebuild

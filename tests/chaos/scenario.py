@@ -24,8 +24,8 @@ from typing import Any
 import asyncpg
 import httpx
 
-from app.crowd import Buyer, Crowd
-from app.demo import Desk
+from app.demo.crowd import Buyer, Crowd
+from app.demo.desk import Desk
 from app.embedded import Postgres, Valkey, find_valkey
 from app.errors import FairdropError
 from app.history.final import finish

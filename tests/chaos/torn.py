@@ -26,7 +26,7 @@ import asyncpg
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from app.demo import Desk
+from app.demo.desk import Desk
 from app.embedded import Valkey, find_valkey
 from app.history.final import finish
 from app.history.judge import judge

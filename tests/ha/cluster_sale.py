@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from app.cluster import slot_of
-from app.crowd import Buyer, Crowd
-from app.demo import Desk
+from app.demo.crowd import Buyer, Crowd
+from app.demo.desk import Desk
 from app.history.final import finish
 from app.history.judge import Verdict, judge
 from app.keys import SaleKeys

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
-from app.crowd import Buyer
+from app.demo.crowd import Buyer
 from app.errors import DidNotHappen, Unknown
 from app.history.report import report
 from app.keys import SaleKeys

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.crowd import Wires
-from app.demo import Desk
+from app.demo.crowd import Wires
+from app.demo.desk import Desk
 from app.errors import Unknown
 from app.supervisor import answers
 from tests.chaos.system import Role, System, Zygote

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.demo import Servers, Urls
+from app.demo.servers import Servers, Urls
 from tests.story.people import Buyer, Operator
 
 

@@ -23,7 +23,7 @@ import httpx
 import pytest
 import redis.asyncio as redis_async
 
-from app.demo import Urls
+from app.demo.servers import Urls
 from tests.story.conftest import Town
 from tests.story.people import until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.demo import Urls
+from app.demo.servers import Urls
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 USES = ("bash", "curl", "date")
