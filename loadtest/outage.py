@@ -423,7 +423,7 @@ class Campaign:
 
         def steady(struck: Struck) -> bool:
             calm = max(struck.before.p99_ms, struck.after.p99_ms)
-            return struck.during.p99_ms <= calm * o.p99_times + o.p99_plus_ms
+            return bool(struck.during.p99_ms <= calm * o.p99_times + o.p99_plus_ms)
 
         promises = {
             "no_join_failed": not any(p.failed for s in self.faults for p in (s.before, s.during, s.after)),

@@ -67,7 +67,7 @@ async def overload_figures(folder: Path, plan: Plan, **settings: str) -> dict[st
     """
     found: dict[str, list[float]] = {key: [] for key in ("accepting", "refusing", "waiting")}
     async with Shopfront(folder) as shop:
-        front = await shop.front(**settings)
+        front = await shop.front("uvicorn", 1, FRONT, **settings)
         sales = Sales(shop)
         await sales.prepare(front.port)
         sales.claims.prepare(int(JOINS_PER_S_MAX * plan.seconds))
