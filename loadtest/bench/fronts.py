@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from loadtest.bench.door import JOINS_PER_S_MAX, Sales, known
 from loadtest.bench.machine import Pinning, pin
 from loadtest.bench.results import Found, Plan, Sheet, at_most, spread
-from loadtest.bench.rounds import Measure, Subject, Void, ratios, void_reason
+from loadtest.bench.rounds import Measure, Subject, Void, offered, ratios
 from loadtest.bench.stack import Server, Shopfront
-from loadtest.generator import open_loop
+from loadtest.generator import Result, open_loop
 
 TWO_OF_ONE = 1.1
 BATCHING_ADDS_MS = 0.3
@@ -98,14 +99,23 @@ async def _low(sales: Sales, plan: Plan, one: Server, off: Server) -> Found:
     p50: dict[str, list[float]] = {"batching": [], "off": []}
     p99: dict[str, list[float]] = {"batching": [], "off": []}
     void: str | None = None
+
+    async def attempt(port: int) -> Result:
+        sales.claims.prepare(int(LOW_PER_S * LOW_SECONDS))
+        return await open_loop(
+            "127.0.0.1", port, sales.claims(), per_s=LOW_PER_S, connections=16, seconds=LOW_SECONDS
+        )
+
     for turn in range(plan.rounds):
         plan.say(f"round {turn + 1}/{plan.rounds}: {LOW_PER_S:.0f} joins a second, batching on and off")
         for name, front in (("batching", one), ("off", off)):
-            sales.claims.prepare(int(LOW_PER_S * LOW_SECONDS))
-            result = await open_loop(
-                "127.0.0.1", front.port, sales.claims(), per_s=LOW_PER_S, connections=16, seconds=LOW_SECONDS
-            )
-            void = void or void_reason(result, frozenset({202}))
+            if void is not None:
+                break
+            try:
+                result = await offered(partial(attempt, front.port), frozenset({202}))
+            except Void as reason:
+                void = str(reason)
+                break
             p50[name].append(result.quantile_ms(0.5))
             p99[name].append(result.quantile_ms(0.99))
 

@@ -5,15 +5,16 @@ Open loop: requests leave at fixed moments whatever the server does, and latency
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-from loadtest.bench.door import JOINS_PER_S_MAX, Door, Sales, doors
+from loadtest.bench.door import Door, Sales, doors
+from loadtest.bench.machine import pin
 from loadtest.bench.requests import Repeated
 from loadtest.bench.results import Found, Plan, Sheet, at_least, at_most, spread
-from loadtest.bench.rounds import Measure, Void, void_reason
+from loadtest.bench.rounds import Measure, Void, offered
 from loadtest.bench.stack import Shopfront
 from loadtest.generator import Result, open_loop
 
@@ -37,10 +38,7 @@ class Open:
     per_s: float  # offered
     quantiles_ms: list[list[float]] = field(default_factory=list)  # of each round
     void: str | None = None
-
-    def add(self, result: Result, expects: frozenset[int]) -> None:
-        self.void = self.void or void_reason(result, expects)
-        self.quantiles_ms.append([result.quantile_ms(q) for q in QUANTILES])
+    voided: list[str] = field(default_factory=list)  # rounds thrown away: repeated since
 
     def at(self, q: float) -> list[float]:
         if self.void is not None:
@@ -50,11 +48,19 @@ class Open:
 
 async def section(shop: Shopfront, sales: Sales, plan: Plan, server: str = "uvicorn") -> Found:
     async with doors(shop, sales, server, 1) as door:
-        r1, join = door.subject("r1", plan.seconds), door.subject("join", plan.seconds)
-        peak = await Measure(plan.seconds, shop.numbers, plan.say).interleaved([r1, join], [CONNECTIONS], 3)
-        capacity = {key: peak[key, CONNECTIONS].median("per_s") for key in ("r1", "join")}
-        found = await _at_70(door, plan, capacity, server)
-        found.add(await _at_150(door, plan, server))
+        pin([shop.valkey.pid], shop.pinning.api[0])
+        try:
+            r1, join = door.subject("r1", plan.seconds), door.subject("join", plan.seconds)
+            peak = await Measure(plan.seconds, shop.numbers, plan.say).interleaved(
+                [r1, join], [CONNECTIONS], 3
+            )
+            capacity = {key: peak[key, CONNECTIONS].median("per_s") for key in ("r1", "join")}
+            found = await _at_70(door, plan, capacity, server)
+            found.add(await _at_150(door, plan, server))
+        finally:
+            pin([shop.valkey.pid], shop.pinning.rest)
+        for sheet in found.sheets:
+            sheet.note = str(shop.pinning).replace("everything else", "Redis beside it; the generator")
         return found
 
 
@@ -66,21 +72,32 @@ async def _at_70(door: Door, plan: Plan, capacity: dict[str, float], server: str
         "r1": Open("R1", UTILISED * capacity["r1"]),
         "join": Open("join with a pass", UTILISED * capacity["join"]),
     }
+
+    async def attempt(key: str, per_s: float) -> Result:
+        sales.claims.prepare(int(per_s * plan.seconds) + 1 if key == "join" else 0)
+        try:
+            return await open_loop(
+                "127.0.0.1",
+                ports[key],
+                supplies[key](),
+                per_s=per_s,
+                connections=CONNECTIONS,
+                seconds=plan.seconds,
+            )
+        finally:
+            await door.shop.forget_orders("claims")
+
     for turn in range(plan.rounds):
         for key, run in runs.items():
+            if run.void is not None:
+                continue
             plan.say(f"round {turn + 1}/{plan.rounds}: {run.name} at {run.per_s:,.0f} per second")
-            sales.claims.prepare(int(run.per_s * plan.seconds) + 1 if key == "join" else 0)
-            gc.collect()
-            gc.disable()
             try:
-                result = await open_loop(
-                    "127.0.0.1", ports[key], supplies[key](), per_s=run.per_s, connections=CONNECTIONS,
-                    seconds=plan.seconds,
-                )  # fmt: skip
-            finally:
-                gc.enable()
-            run.add(result, frozenset({200, 202}))
-            await door.shop.forget_orders("claims")
+                result = await offered(partial(attempt, key, run.per_s), frozenset({200, 202}), run.voided)
+            except Void as void:
+                run.void = str(void)
+                continue
+            run.quantiles_ms.append([result.quantile_ms(q) for q in QUANTILES])
     where = f"{server}, 1 front process, open loop at {UTILISED:.0%} of capacity"
 
     def times() -> dict[str, list[float]]:
@@ -118,6 +135,7 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
     in the generator: that is latency too, and the sheet says how many did.
     """
     sales, port = door.sales, door.front.port
+    seconds = OVERLOAD_SECONDS * plan.seconds
     good: list[float] = []
     refused_ms: list[float] = []
     accepted_ms: list[float] = []
@@ -125,6 +143,18 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
     refused = 0
     offered_per_s: list[float] = []
     void: str | None = None
+    voided: list[str] = []
+
+    async def attempt(per_s: float) -> Result:
+        sales.claims.prepare(int(per_s * seconds) + 1)
+        try:
+            return await open_loop(
+                "127.0.0.1", port, sales.claims(), per_s=per_s, connections=OVERLOAD_CONNECTIONS,
+                seconds=seconds, give_up=True,
+            )  # fmt: skip
+        finally:
+            await door.shop.forget_orders("claims")
+
     for turn in range(plan.rounds):
         plan.say(f"round {turn + 1}/{plan.rounds}: {OVERLOAD:.0%} of capacity")
         course = (
@@ -134,27 +164,15 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
         )["join", CONNECTIONS]
         try:
             peak = course.median("per_s")
+            result = await offered(partial(attempt, OVERLOAD * peak), POLITE, voided)
         except Void as reason:
             void = str(reason)
             break
-        offered, seconds = OVERLOAD * peak, OVERLOAD_SECONDS * plan.seconds
-        sales.claims.prepare(min(int(offered * seconds) + 1, int(JOINS_PER_S_MAX * 4 * seconds)))
-        gc.collect()
-        gc.disable()
-        try:
-            result = await open_loop(
-                "127.0.0.1", port, sales.claims(), per_s=offered, connections=OVERLOAD_CONNECTIONS,
-                seconds=seconds, give_up=True,
-            )  # fmt: skip
-        finally:
-            gc.enable()
-        await door.shop.forget_orders("claims")
-        void = void or void_reason(result, POLITE)
         good.append(100 * result.in_time[202] / seconds / peak)
-        offered_per_s.append(offered)
+        offered_per_s.append(OVERLOAD * peak)
         turned = result.statuses[503] + result.statuses[429]
         refused += turned
-        starved.append(100 * result.starved / (result.answers + result.unsent))
+        starved.append(100 * result.starved / result.due)
         accepted_ms.append(result.quantile_ms(0.99, 202))
         if turned:
             refused_ms.append(result.quantile_ms(0.99, 503, 429))
@@ -184,5 +202,6 @@ async def _at_150(door: Door, plan: Plan, server: str) -> Found:
         )  # fmt: skip
     found.lines["overload"] = {
         "goodput_percent": good, "refused": refused, "offered_per_s": offered_per_s, "starved_percent": starved,
+        "voided": voided,
     }  # fmt: skip
     return found

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loadtest.bench.machine import busy_s, cpu_s
-from loadtest.generator import Result, closed_loop
+from loadtest.generator import LATE_S, Result, closed_loop
 
 TRIES = 3  # of a round before its figure is void
 
@@ -222,4 +222,30 @@ def void_reason(result: Result, expects: frozenset[int]) -> str | None:
         return f"unexpected answers: {words} {last}".strip()
     if result.saturated:
         return f"the generator used {result.cpu_s / result.seconds:.0%} of its core"
+    if result.behind:
+        late = result.late / result.due
+        return (
+            f"the rate was not offered: {late:.0%} of the requests left more than {LATE_S * 1000:.0f} ms late"
+        )
     return None
+
+
+async def offered(
+    attempt: Callable[[], Awaitable[Result]], expects: frozenset[int], voided: list[str] | None = None
+) -> Result:
+    """An open-loop round, repeated while it is void. Void: it stays so. voided: takes the reasons of the repeated."""
+    reasons: list[str] = [] if voided is None else voided
+    for _ in range(TRIES):
+        gc.collect()
+        gc.disable()  # as in the closed loop
+        try:
+            result = await attempt()
+            reason = void_reason(result, expects)
+        except (OSError, TimeoutError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            gc.enable()
+        if reason is None:
+            return result
+        reasons.append(reason)
+    raise Void(reasons[-1])

@@ -17,7 +17,7 @@ from loadtest.bench.door import verdicts
 from loadtest.bench.machine import Pinning
 from loadtest.bench.requests import Joins
 from loadtest.bench.results import Found, Plan, at_least, at_most, course_sheet
-from loadtest.bench.rounds import Course, Measure, Round, Subject, Void, ratios, void_reason
+from loadtest.bench.rounds import TRIES, Course, Measure, Round, Subject, Void, offered, ratios, void_reason
 from loadtest.generator import Result
 
 OK = frozenset({200})
@@ -42,6 +42,10 @@ def result(statuses: dict[int, int], cpu_s: float = 0.1) -> Result:
     return Result(answers=sum(statuses.values()), seconds=1.0, statuses=Counter(statuses), cpu_s=cpu_s)
 
 
+def at_a_rate(late: int) -> Result:
+    return Result(answers=100, seconds=1.0, statuses=Counter({200: 100}), due=100, late=late)
+
+
 @pytest.mark.parametrize(
     ("found", "reason"),
     [
@@ -50,10 +54,37 @@ def result(statuses: dict[int, int], cpu_s: float = 0.1) -> Result:
         (result({200: 10, 503: 1}), "unexpected answers: 1 × 503"),
         (result({200: 10, 0: 2}), "unexpected answers: 2 × connection lost"),
         (result({200: 10}, cpu_s=0.95), "the generator used 95% of its core"),
+        (at_a_rate(late=3), None),
+        (at_a_rate(late=4), "the rate was not offered: 4% of the requests left more than 2 ms late"),
     ],
 )
 def test_a_disturbed_round_is_void_and_says_why(found: Result, reason: str | None) -> None:
     assert void_reason(found, OK) == reason
+
+
+async def test_a_rate_that_was_not_offered_is_offered_again() -> None:
+    rounds, voided = iter([at_a_rate(late=50), OSError("reset"), at_a_rate(late=0)]), []  # type: ignore[var-annotated]
+
+    async def attempt() -> Result:
+        found = next(rounds)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    assert (await offered(attempt, OK, voided)).late == 0
+    assert [reason.split(":")[0] for reason in voided] == ["the rate was not offered", "OSError"]
+
+
+async def test_a_rate_that_cannot_be_offered_gives_no_figure() -> None:
+    tried = []
+
+    async def attempt() -> Result:
+        tried.append(1)
+        return at_a_rate(late=50)
+
+    with pytest.raises(Void, match="50% of the requests left more than 2 ms late"):
+        await offered(attempt, OK)
+    assert len(tried) == TRIES
 
 
 @pytest.fixture
