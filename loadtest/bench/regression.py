@@ -26,6 +26,8 @@ PEAK_CONNECTIONS = 256
 TOO_MUCH = 2.0  # times the peak
 NOT_TOO_MUCH = 0.7  # part of it that nobody accepts who has too much
 TRIES = 8
+FILLS = 4  # times that the requests without an answer would fill the connections: on a slow machine too
+SECONDS_MAX = 10.0
 BATCHES = 2  # of confirm, a round
 
 # What a figure is about, for the sentence that names it. All are CPU, as multiples of what the limit costs.
@@ -77,13 +79,17 @@ async def overload_figures(folder: Path, plan: Plan, **settings: str) -> dict[st
         peak_per_s = result.per_s
         for _ in range(TRIES):
             offered = TOO_MUCH * peak_per_s
-            sales.claims.prepare(int(offered * plan.seconds) + 1)
+            # So many more come than are answered that they would fill the connections several times over.
+            seconds = min(
+                SECONDS_MAX, max(plan.seconds, FILLS * OVERLOAD_CONNECTIONS / (offered - peak_per_s))
+            )
+            sales.claims.prepare(int(offered * seconds) + 1)
             result = await open_loop(
                 "127.0.0.1", front.port, sales.claims(), per_s=offered, connections=OVERLOAD_CONNECTIONS,
-                seconds=plan.seconds, give_up=True,
+                seconds=seconds, give_up=True,
             )  # fmt: skip
             await shop.forget_orders("claims")
-            accepted_per_s = result.in_time[202] / plan.seconds
+            accepted_per_s = result.in_time[202] / seconds
             if accepted_per_s > NOT_TOO_MUCH * offered:  # the peak was measured in a bad moment
                 peak_per_s = accepted_per_s
                 continue
