@@ -41,14 +41,35 @@ VALKEY_LEAST = (
 )  # scripts with #!lua flags and the function-free EVAL we rely on; same floor as for real servers
 REDIS_LEAST = (7,)
 POSTGRES_LEAST = (15,)
-START_WITHIN_S = 60.0  # recovery after a crash may replay the log; a healthy start takes well under 1 s
+START_WITHIN_S = 180.0  # recovery after a crash may replay the log; a healthy start takes well under 1 s
 STOP_WITHIN_S = 15.0  # then the process is killed: both stores survive that
 PREDECESSOR_WITHIN_S = 10.0  # a store whose parent was killed needs a moment to end
 LOG_MAX_BYTES = 10_000_000  # a larger log is moved to .1 at the next start
+COMPLAINT_MAX_BYTES = 200_000  # of a log's end are looked at for last words
 PORT_TRIES = 5  # another process may take a free port between our look and the server's bind
 
 UNPRIVILEGED = "nobody"
 OPTIONS_ONCE = ["-c", "exit_on_error=on", "-c", "password_encryption=scram-sha-256"]
+
+
+def ended_by_signal(process: subprocess.Popen[bytes] | None) -> str | None:
+    """Which signal ended a child; None if it ended by itself, or runs. Its last words then tell nothing of its end."""
+    if process is None or (status := process.poll()) is None or status >= 0:
+        return None
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"killed by signal {-status}"
+
+
+def lines_since(log_path: Path, offset: int) -> list[str]:
+    """The last lines of a log, none of them from before `offset` (bytes)."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(max(offset, log.seek(0, os.SEEK_END) - COMPLAINT_MAX_BYTES))
+            return log.read(COMPLAINT_MAX_BYTES).decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -310,13 +331,10 @@ class _Store(ABC):
             )
 
     def complaint(self) -> str:
-        """The last line that the server logged since its start, for the sentence that says why it does not run."""
-        try:
-            with self.log_path.open("rb") as log:
-                log.seek(self._log_from)
-                lines = log.read(200_000).decode("utf-8", "replace").strip().splitlines()
-        except OSError:
-            lines = []
+        """Why it does not run: the signal that ended it, else the last telling line that it logged since its start."""
+        if signalled := ended_by_signal(self.process):
+            return signalled
+        lines = lines_since(self.log_path, self._log_from)
         telling = [
             line
             for line in lines

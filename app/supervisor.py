@@ -40,9 +40,11 @@ from app.disk import Disk
 from app.embedded import (
     Postgres,
     Valkey,
+    ended_by_signal,
     find_postgres,
     find_valkey,
     launch_command,
+    lines_since,
     make_folder,
     open_log,
     secret_in,
@@ -53,7 +55,8 @@ from app.serve import listen, listen_together
 from app.settings import Settings
 from app.telemetry import MULTIPROCESS_DIR, forget_process, prepare_metrics
 
-ANSWERS_WITHIN_S = 60.0  # a process that has not answered /healthz by then never will
+ANSWERS_WITHIN_S = 300.0  # only a process that hangs needs so long; one that has ended is seen at once
+STILL_WAITING_S = 15.0  # on a busy machine: say what is waited for, each time so long
 STOPS_WITHIN_S = 15.0  # beyond drain_s and close_within_s; then it is killed
 LOOK_EVERY_S = 0.1
 NICE_MAX = 19  # the lowest priority there is
@@ -185,15 +188,12 @@ class Process:
         return answers(self.url)
 
     def complaint(self) -> str:
-        """Its last line: the commands end with one sentence when they cannot start."""
+        """The signal that ended it, else its last line: the commands end with one sentence when they cannot start."""
+        if signalled := ended_by_signal(self.process):
+            return signalled
         if self.log_path is None:
             return f"status {self.process.returncode if self.process else '?'}"
-        try:
-            with self.log_path.open("rb") as log:
-                log.seek(self._log_from)
-                lines = log.read(200_000).decode("utf-8", "replace").strip().splitlines()
-        except OSError:
-            lines = []
+        lines = lines_since(self.log_path, self._log_from)
         return lines[-1].strip() if lines else "it said nothing"
 
     def kill(self) -> None:
@@ -500,10 +500,14 @@ class Up:
         for one in self._processes:
             self._stop_if_asked()
             one.spawn()
-        deadline = time.monotonic() + ANSWERS_WITHIN_S
+        began = time.monotonic()
+        deadline, say_at = began + ANSWERS_WITHIN_S, began + STILL_WAITING_S
         for one in self._processes:
             while not one.ready():
                 self._stop_if_asked()
+                if time.monotonic() > say_at:
+                    self._say(f"{one.name} does not answer yet ({time.monotonic() - began:.0f} s); waiting")
+                    say_at += STILL_WAITING_S
                 for other in self._processes:
                     if not other.running():
                         raise CannotStart(f"{other.name} ended: {other.complaint()} (see {other.log_path})")

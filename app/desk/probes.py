@@ -32,12 +32,14 @@ class ReadyOut(Out):
     )
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", response_model=HealthOut, summary="The process runs")
 async def healthz(response: Response) -> dict[str, str]:
     response.headers["Cache-Control"] = "no-store"
     return {"status": "ok"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     response_model=ReadyOut,

@@ -16,6 +16,10 @@ from app.problems import refuse
 from app.settings import Settings
 
 PAGES = Path(__file__).resolve().parent.parent / "pages"
+ASKED = [
+    "GET",
+    "HEAD",
+]  # who shows a link's preview, or watches that a site is up, asks for no more than the head
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 # Scripts and styles only from here; the shop may embed the page to hand over the buyer's token.
 POLICY = (
@@ -74,14 +78,14 @@ def pages(of_paths: Mapping[str, str], files: Collection[str], policy: str = POL
     router = APIRouter(include_in_schema=False)
 
     def serve(path: str, name: str) -> None:
-        @router.get(path)
+        @router.api_route(path, methods=ASKED)
         async def one(request: Request) -> Response:
             return page(request, name, policy)
 
     for path, name in {**of_paths, "/docs": "docs.html", "/favicon.ico": "icon.svg"}.items():
         serve(path, name)
 
-    @router.get("/pages/{name}")
+    @router.api_route("/pages/{name}", methods=ASKED)
     async def file(request: Request, name: str) -> Response:
         if name not in files:
             raise refuse("not_found")

@@ -13,11 +13,13 @@ from app.telemetry import Metrics
 router = APIRouter(tags=["probes"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", response_model=HealthOut, summary="The process runs")
 async def healthz() -> Response:
     return JSONResponse({"status": "ok"}, headers={"cache-control": "no-store"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     response_model=ReadyOut,

@@ -232,6 +232,14 @@ async def test_pages_need_nothing_from_elsewhere(path: str, front: Front) -> Non
     assert (await front.http.get(path, headers={"If-None-Match": answer.headers["etag"]})).status_code == 304
 
 
+async def test_a_head_is_answered_like_the_page_or_probe_without_its_body(front: Front) -> None:
+    for path in ("/", "/s/x", "/docs", "/pages/buyer.js", "/healthz", "/readyz"):
+        whole, head = await front.http.get(path), await front.http.head(path)
+        assert head.status_code == 200 and head.content == b"" and whole.content
+        for name in ("content-type", "content-length", "cache-control"):
+            assert head.headers[name] == whole.headers[name], (path, name)
+
+
 async def test_only_a_captcha_that_is_set_may_come_from_elsewhere(open_door: Callable[..., Any]) -> None:
     plain = await open_door(captcha_origins=["https://frames.example"])
     assert "example" not in (await plain.http.get("/s/x")).headers["content-security-policy"]
