@@ -1,7 +1,7 @@
 """The benchmark: every goal of the hot path, measured on this machine as ratios within one run.
 
     fairdrop bench                                       all goals, about ten minutes
-    fairdrop bench --quick                               all goals, three short rounds: to see that it runs
+    fairdrop bench --quick                               all goals, two short rounds: to see that it runs
     fairdrop bench --only join poll --rounds 3           while tuning: R1, R2 and two subjects
     fairdrop bench --write BENCHMARKS.md --plots docs/bench      what BENCHMARKS.md holds
 
