@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import structlog
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import problems
@@ -133,11 +133,16 @@ def create_app(settings: Settings) -> FastAPI:
         sales.router, orders.router, trace.router, live.router, routes.router, providers.router, journal.router,
         keys.router, events.router, bills.router, probes.router, pages.router,
     ):  # fmt: skip
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(_unkept)])
     if not settings.hooks_port:
         app.include_router(hooks.router)
     app.state.engine, app.state.providers = engine, suppliers
     return app
+
+
+async def _unkept(response: Response) -> None:
+    """What the office tells (buyers, orders, keys) stays out of a browser's cache."""
+    response.headers["Cache-Control"] = "no-store"
 
 
 class _Office(FastAPI):

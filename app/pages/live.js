@@ -227,7 +227,10 @@ async function watch() {
       if (!answer.ok) {
         const problem = await answer.json().catch(() => ({}));
         $("net").textContent = problem.detail || `the office answers ${answer.status}`;
-        if (answer.status === 404 || answer.status === 409) { show("live"); return; }
+        if (answer.status === 404 || answer.status === 409) { // nothing to watch: not a page of empty figures
+          $("net").textContent = answer.status === 404 ? `There is no sale ${sale}.` : `${sale} is a draft: there is nothing to watch yet.`;
+          return list();
+        }
       } else {
         await read(answer.body.getReader());
       }

@@ -152,6 +152,17 @@ async def test_metrics_are_for_those_who_are_allowed(office: Office, settings: S
         await other.close()
 
 
+async def test_what_the_office_tells_is_kept_by_no_cache(office: Office) -> None:
+    await office.open_sale()
+    paths = (
+        "sales", "sales/drop", "sales/drop/orders", "sales/drop/audit", "sales/drop/live", "journal", "keys",
+        "webhooks", "events", "providers", "bills",
+    )  # fmt: skip
+    for path in paths:
+        answer = await office.get(f"/v1/admin/{path}")
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store"), path
+
+
 async def test_the_page_is_served_with_nothing_from_elsewhere(office: Office) -> None:
     for path in ("/", "/live/drop"):
         page = await office.get(path, key=None)
