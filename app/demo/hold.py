@@ -125,14 +125,15 @@ async def hold_sale(
                 await desk.post(f"/v1/admin/sales/{sale}/close")
                 view.step("closed: whoever still waits is told so, whoever holds a unit may finish")
                 await asyncio.wait([going], timeout=SETTLE_WITHIN_S)
+                view.step("settling: the last releases, refunds and SMS")
+                await _settled(desk, sale)
+                await asyncio.wait([going], timeout=SETTLE_WITHIN_S)  # to hear what has come of it
                 if going.done():
                     await going  # raises what went wrong; whoever is still there is counted by the books
             finally:
                 going.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await going
-        view.step("settling: the last releases, refunds and SMS")
-        await _settled(desk, sale)
         view.step("audit")
         orders = await desk.orders(sale)
         supplier = await sandbox.get("/stats")
