@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +42,9 @@ SECRETS = (
     "tencent_sms_report_token",
     "twilio_auth_token",
 )  # also public keys, certificates and templates: what people keep in files
+
+
+NO_SETTINGS = ("FAIRDROP_PORT_FILE", "FAIRDROP_FAILPOINT", "FAIRDROP_TEST_")  # what tests tell processes
 
 
 class _SecretFiles(EnvSettingsSource):
@@ -540,6 +545,18 @@ class Settings(BaseSettings):
         return (
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
+
+    @classmethod
+    def misspelt(cls, environment: Iterable[str]) -> list[str]:
+        """A sentence for each variable FAIRDROP_… that sets nothing, with the name that may be meant."""
+        known = {f"FAIRDROP_{name.upper()}" for name in cls.model_fields}
+        known |= {f"FAIRDROP_{name.upper()}_FILE" for name in SECRETS}
+        told = []
+        for name in sorted(set(environment) - known):
+            if name.startswith("FAIRDROP_") and not name.startswith(NO_SETTINGS):
+                like = get_close_matches(name, known, n=1, cutoff=0.8)
+                told.append(f"{name} is no setting" + (f"; {like[0]}?" if like else ""))
+        return told
 
     @cached_property
     def development(self) -> bool:

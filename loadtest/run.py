@@ -130,7 +130,10 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(args)
     if options.urls is not None:
-        return run_locust(options.urls, options)
+        if not options.urls.is_file():
+            print(f"fairdrop rehearse: there is no file {options.urls}", file=sys.stderr)
+            return 2
+        return run_locust(options.urls.absolute(), options)  # Locust runs in the checkout
     with tempfile.TemporaryDirectory(prefix="fairdrop-load-") as folder:
         if os.geteuid() == 0:
             Path(folder).chmod(0o711)  # the stores run as another account and must pass through

@@ -122,6 +122,8 @@ def test_a_process_is_given_longer_to_end_than_it_drains() -> None:
         pod = documents["Deployment", f"fairdrop-{name}"]["spec"]["template"]["spec"]
         assert pod["terminationGracePeriodSeconds"] > drains_s
         assert pod["containers"][0]["args"] == [name]
+        # Else the service fairdrop-front sets FAIRDROP_FRONT_PORT=tcp://… in every pod, and none starts.
+        assert pod["enableServiceLinks"] is False
     settings = Settings()
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     for name in ("front", "office"):

@@ -49,3 +49,17 @@ def test_no_secret_is_in_a_printed_setting(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_production_is_the_default() -> None:
     assert not Settings().development
+
+
+def test_a_misspelt_name_is_said_with_the_one_that_may_be_meant() -> None:
+    given = [
+        "PATH",
+        "FAIRDROP_REDIS_URL",
+        "FAIRDROP_JWT_SECRET_FILE",
+        "FAIRDROP_ORDER_BACKLOG_MAX",
+        "FAIRDROP_XYZZY",
+    ]
+    assert Settings.misspelt(given) == [
+        "FAIRDROP_ORDER_BACKLOG_MAX is no setting; FAIRDROP_ORDERS_BACKLOG_MAX?",
+        "FAIRDROP_XYZZY is no setting",
+    ]

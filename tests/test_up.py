@@ -575,3 +575,25 @@ def test_a_setting_that_is_no_number_is_one_sentence() -> None:
     )
     assert done.returncode == 2
     assert re.fullmatch(r"fairdrop: FAIRDROP_FRONT_PORT: Input should be a valid integer.*\n", done.stderr)
+
+
+def test_rehearsing_against_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "rehearse", "--urls", str(tmp_path / "urls.json")],
+        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and re.fullmatch(r"fairdrop rehearse: there is no file .*\n", done.stderr)
+
+
+def test_a_worker_without_a_database_is_told_what_is_missing(redis_url: str) -> None:
+    given = {name: value for name, value in os.environ.items() if not name.startswith("FAIRDROP_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", "worker"],
+        cwd=ROOT,
+        env=given
+        | {"FAIRDROP_ENV": "development", "FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABAS_URL": "x"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    *before, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last == "fairdrop: FAIRDROP_DATABASE_URL is missing", done.stderr
+    assert any("FAIRDROP_DATABAS_URL is no setting; FAIRDROP_DATABASE_URL?" in line for line in before)

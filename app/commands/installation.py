@@ -5,6 +5,7 @@ What is not set is taken from the `fairdrop up` that runs in the data directory.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,9 +41,13 @@ def settings_of(**given: Any) -> Settings:
 
 
 def log_as(settings: Settings, process: str) -> None:
+    import structlog
+
     from app.telemetry import configure_logging
 
     configure_logging(settings, process)
+    for sentence in settings.misspelt(os.environ):
+        structlog.get_logger(__name__).warning("unknown_setting", why=sentence)
 
 
 def with_stores(settings: Settings, *needed: Literal["database", "redis"]) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 import typer
@@ -37,7 +38,10 @@ def up(
 
     given = {"data_dir": data_dir, "front_workers": front_workers, "server": server, "env": "development"}
     ports = {"front": front_port, "office": office_port, "worker": worker_port, "sandbox": sandbox_port}
-    Up(settings_of(**given, **{f"{name}_port": port for name, port in ports.items()}), lan=lan).run()
+    settings = settings_of(**given, **{f"{name}_port": port for name, port in ports.items()})
+    for sentence in settings.misspelt(os.environ):
+        typer.echo(f"fairdrop: {sentence}", err=True)
+    Up(settings, lan=lan).run()
 
 
 @commands.command()

@@ -42,6 +42,8 @@ def driver_url(database_url: str) -> URL:
     libpq's `sslmode` becomes asyncpg's `ssl`; other parameters pass. Of several servers (`@host:port,host:port/`) the
     one that takes writes is meant. CannotStart: not a Postgres address.
     """
+    if not database_url:
+        raise CannotStart("FAIRDROP_DATABASE_URL is missing")
     scheme, rest = database_url.partition("://")[::2]
     if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not rest:
         raise CannotStart(ADDRESS_LIKE)
