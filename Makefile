@@ -89,6 +89,10 @@ simulate: $(MADE_DEV) ## 100,000 simulated histories of payments, releases and d
 
 SEED ?= 1
 RUNS ?= 3
+.PHONY: recovery
+recovery: $(MADE_DEV) ## how long the service is away after a kill -9 of front, worker, Valkey, Postgres: ARGS="--kills 10"
+	$(BIN)/python -m tests.chaos.recovery --seed $(SEED) $(ARGS)
+
 .PHONY: chaos
 chaos: $(MADE_DEV) ## break everything in the middle of sales and let the judge look: SEED=1 RUNS=3, ARGS="--only storm"
 	$(BIN)/python -m tests.chaos.chaos --seed $(SEED) --runs $(RUNS) $(ARGS)
