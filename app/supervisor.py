@@ -22,6 +22,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -619,9 +620,6 @@ def run_fronts(settings: Settings, host: str, port: int) -> None:
     count = settings.front_workers
     # What an option has said must reach the children too: they are given the environment, not the command line.
     environment = {**os.environ, "FAIRDROP_FRONT_WORKERS": "1", "FAIRDROP_SERVER": settings.server}
-    metrics_dir = Path(os.environ.get(MULTIPROCESS_DIR) or tempfile.mkdtemp(prefix="fairdrop-metrics-"))
-    prepare_metrics(metrics_dir)
-    environment[MULTIPROCESS_DIR] = str(metrics_dir)
     wires: list[socket.socket] = []
     arguments = ["front", "--host", host]
     if settings.server == "granian":
@@ -630,6 +628,10 @@ def run_fronts(settings: Settings, host: str, port: int) -> None:
     else:
         wires = listen_together(host, port, settings.listen_backlog, count, what="front", option="--port")
         sys.stderr.write(f"front: http://{host}:{wires[0].getsockname()[1]} ({count} processes)\n")
+    given = os.environ.get(MULTIPROCESS_DIR)
+    metrics_dir = Path(given or tempfile.mkdtemp(prefix="fairdrop-metrics-"))
+    prepare_metrics(metrics_dir)
+    environment[MULTIPROCESS_DIR] = str(metrics_dir)
     fronts = [
         Process(
             f"front-{number + 1}",
@@ -668,5 +670,7 @@ def run_fronts(settings: Settings, host: str, port: int) -> None:
             front.stop(settings.drain_s + settings.close_within_s + STOPS_WITHIN_S)
         for wire in wires:
             wire.close()
+        if not given:
+            shutil.rmtree(metrics_dir, ignore_errors=True)
         for sig, handler in before.items():
             signal.signal(sig, handler)
