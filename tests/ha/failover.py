@@ -219,7 +219,7 @@ async def fail_over(
         )  # the part of it that is asked of stores
         return outcome, postgres.clock.took_s
     finally:
-        pair.kill()  # the history lies in its folder
+        pair.discard()  # the history lies in its folder
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import signal
@@ -100,7 +101,8 @@ class Pair:
         """To the server and all processes that it has started."""
         postmaster = psutil.Process(server.pid)
         for process in (*postmaster.children(recursive=True), postmaster):
-            process.send_signal(sign)
+            with contextlib.suppress(psutil.NoSuchProcess):  # a session that has just ended
+                process.send_signal(sign)
 
     async def promote(self) -> None:
         """What Patroni or an operator does once the primary is known to be gone."""
@@ -109,11 +111,12 @@ class Pair:
         )
         assert promoted[0]["promoted"]
 
-    def kill(self) -> None:
+    def discard(self) -> None:
+        """End both; their folders stay."""
         for one in (self.standby, self.primary):
-            one.kill()
+            one.discard()
 
     def close(self) -> None:
         """End both; nothing in them is needed any more."""
-        self.kill()
+        self.discard()
         shutil.rmtree(self.home)
