@@ -32,6 +32,8 @@ import psutil
 import pytest
 import redis as redis_sync
 import redis.asyncio as redis_async
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from app.embedded import Postgres, Valkey, find_postgres, find_valkey, make_folder
 
@@ -41,6 +43,17 @@ for _name in list(os.environ):
         del os.environ[_name]
 # Beside other tests a worker behind the front door would be behind those too, for minutes.
 os.environ["FAIRDROP_BEHIND_NICE"] = "0"
+
+# How long an example takes says how busy the machine is, not whether the code is right. And a run judges a change: it
+# tries the same examples each time, so that one which nobody has met yet is found by who looks for it
+# (`pytest --hypothesis-profile explore`), not by somebody else's change.
+hypothesis_settings.register_profile(
+    "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+hypothesis_settings.register_profile(
+    "same", hypothesis_settings.get_profile("explore"), derandomize=True, database=None
+)
+hypothesis_settings.load_profile("same")
 
 TEMPLATE = "fairdrop_template"
 PROCESSES_GONE_WITHIN_S = 10.0
@@ -93,6 +106,7 @@ class StorePair:
         self._valkey: Valkey | None = None
         self._postgres: Postgres | None = None
         self._template_made = False
+        self._owner: tuple[int, asyncpg.Connection] | None = None  # whose server that is, by its process
 
     @property
     def valkey(self) -> Valkey:
@@ -128,18 +142,25 @@ class StorePair:
         return self._postgres
 
     def sql(self, *statements: str) -> None:
-        """Run statements one by one as the owner, outside a transaction (CREATE DATABASE needs that)."""
-        url = self.postgres.url_of("postgres")
+        """Run statements one by one as the owner, outside a transaction (CREATE DATABASE needs that).
+
+        The connection is kept: a new one costs both sides a password's hash, and most tests have two statements here.
+        """
+        url, pid = self.postgres.url_of("postgres"), self.postgres.pid
 
         async def run() -> None:
-            connection = await asyncpg.connect(url, timeout=30)
-            try:
-                for statement in statements:
-                    await connection.execute(statement, timeout=60)
-            finally:
-                await connection.close()
+            if self._owner is None or self._owner[0] != pid or self._owner[1].is_closed():
+                self._let_go()
+                self._owner = (pid, await asyncpg.connect(url, timeout=30))
+            for statement in statements:
+                await self._owner[1].execute(statement, timeout=60)
 
         self._loop.run(run())
+
+    def _let_go(self) -> None:
+        if self._owner is not None:
+            self._owner[1].terminate()
+            self._owner = None
 
     def new_database(self, *, migrated: bool = True) -> str:
         """The URL of a database of its own; copying a migrated template takes some 50 ms."""
@@ -158,7 +179,8 @@ class StorePair:
         if not self._template_made:
             from app.ledger import migrate
 
-            self.sql(f"CREATE DATABASE {TEMPLATE}")
+            # A test that was ended in the middle of this must not take all that follow along.
+            self.sql(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)", f"CREATE DATABASE {TEMPLATE}")
             migrate.upgrade(self.postgres.url_of(TEMPLATE))
             self._template_made = True
 
@@ -166,9 +188,13 @@ class StorePair:
         return {store.pid for store in (self._valkey, self._postgres) if store is not None and store.process}
 
     def stop(self) -> None:
+        async def let_go() -> None:
+            self._let_go()
+
+        self._loop.run(let_go())
         for store in (self._valkey, self._postgres):
             if store is not None:
-                store.kill()  # nothing in it is needed any more
+                store.discard()
 
 
 class Stores:
@@ -274,6 +300,7 @@ def redis_url(request: pytest.FixtureRequest, valkey: Valkey) -> Iterator[str]:
 
 def _flush(valkey: Valkey) -> None:
     with contextlib.closing(redis_sync.Redis.from_url(valkey.url)) as client:
+        client.client_unpause()  # a test that holds up every write may have ended in the middle
         client.flushall()
         client.script_flush()
         client.config_set("maxmemory", 0)  # a test of a full server may have ended in the middle
@@ -307,29 +334,44 @@ def empty_database_url(stores: Stores, store_kind: str) -> Iterator[str]:
     pair.drop_database(url)
 
 
+def _children() -> set[int]:
+    """Their numbers, also of those that have ended. What the kernel tells is read where it does, at each test: to look
+    through all processes of the machine, as psutil does, takes milliseconds.
+    """
+    if not Path("/proc/self/task").is_dir() or not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return {child.pid for child in psutil.Process().children()}
+    found: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
+
+
+def _lives(pid: int) -> bool:
+    """Whether it runs; one that ends while we look does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def _no_process_left(stores: Stores) -> Iterator[None]:
     """A test that leaves a process behind fails: the next one would fight with it for ports and processors."""
-    myself = psutil.Process()
-    before = set(myself.children())
+    before = _children()
     yield
     deadline = time.monotonic() + PROCESSES_GONE_WITHIN_S
     while True:
-        left = [
-            child
-            for child in set(myself.children()) - before
-            if child.pid not in stores.pids()
-            and child.is_running()
-            and child.status() != psutil.STATUS_ZOMBIE
-        ]
+        left = [child for child in _children() - before if child not in stores.pids() and _lives(child)]
         if not left:
             return
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
     names = []
-    for child in left:
+    for pid in left:
         with contextlib.suppress(psutil.NoSuchProcess):
+            child = psutil.Process(pid)
             names.append(f"{child.pid} {' '.join(child.cmdline())[:120]}")
             for grandchild in child.children(recursive=True):
                 grandchild.kill()
