@@ -1,4 +1,4 @@
-"""Connections that do nothing of themselves, for tests of what clients may cost."""
+"""Connections that do nothing of themselves, for tests of what clients may cost, and an address where nobody is."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def clients(
     finally:
         for one in opened:
             one.close()
+
+
+@contextmanager
+def nobody() -> Iterator[int]:
+    """A port that refuses connections: it is bound, so that no other test's server takes it, and not listened on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]

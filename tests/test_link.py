@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -17,8 +16,9 @@ from app.answers import Gone, Taken
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.link import Link, Rejected
 from app.scripts import LINE_LEAVE, Scripts, all_scripts
+from tests.sockets import nobody
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 
 
 async def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> None:
@@ -182,24 +182,27 @@ async def test_a_silent_server_is_unknown_after_the_deadline_and_the_connection_
     links: Any, proxy: Proxy
 ) -> None:
     link = await links(proxy.url, deadline_s=0.1)
+    await until(lambda: link.connected)  # a busy machine needs more than one try
+    connections = proxy.connections
     proxy.deaf = True
     with pytest.raises(Unknown, match="deadline"):
         await link.call("INCR", "n")
     await until(lambda: not link.connected)
     proxy.deaf = False
     await until(lambda: link.connected)
-    assert proxy.connections >= 2
+    assert proxy.connections > connections
     assert proxy.sent.count(b"\r\nINCR\r\n") == 1
-    assert await link.call("GET", "n") is None
+    assert await link.call("GET", "n", deadline_s=WITHIN_S) is None
 
 
 @pytest.mark.any_keys
-async def test_a_slow_reply_does_not_answer_the_next_call(links: Any) -> None:
+async def test_a_slow_reply_does_not_answer_the_next_call(links: Any, redis: Any) -> None:
     link = await links()
-    slow = asyncio.ensure_future(link.call("BLPOP", "nothing", "0.2", deadline_s=0.05))
+    slow = asyncio.ensure_future(link.call("BLPOP", "nothing", 0, deadline_s=0.05))
     after = asyncio.ensure_future(link.call("ECHO", "mine"))
     with pytest.raises(Unknown):
         await slow
+    await redis.rpush("nothing", "late")
     assert await after == b"mine"
     assert link.connected
 
@@ -410,8 +413,6 @@ def test_a_wrong_address_is_one_clear_sentence(url: str) -> None:
 
 
 @pytest.fixture
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def unused_port() -> Iterator[int]:
+    with nobody() as port:
+        yield port

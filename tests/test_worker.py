@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -57,10 +58,10 @@ async def at_work(shop: Shop, **changed: Any) -> AsyncIterator[Worker]:
         yield worker
     finally:
         worker.stopping.set()
-        await asyncio.wait_for(working, 15)
+        await asyncio.wait_for(working, 60)
 
 
-async def reserved(shop: Shop, count: int, within_s: float = 15.0) -> None:
+async def reserved(shop: Shop, count: int, within_s: float = 60.0) -> None:
     async def there() -> bool:
         try:
             async with shop.engine.connect() as conn:
@@ -195,15 +196,15 @@ async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Reconciler, "pulse", counted("pulse", Reconciler.pulse))
     monkeypatch.setattr(Reconciler, "compare_all", counted("compare", Reconciler.compare_all))
-    monkeypatch.setattr(Worker, "number_events", counted("events", Worker.number_events))
+    began = time.monotonic()
     async with at_work(shop, pulse_every_s=60.0, reconcile_every_s=0.3) as worker:
 
         async def compared() -> bool:
-            return turns["compare"] >= 3 and bool(worker.admitter.watched)
+            return turns["compare"] >= 4 and bool(worker.admitter.watched)
 
         await until(compared, "the sale is compared again and again")
         assert turns["pulse"] == 1
-        assert turns["compare"] <= turns["events"] + 1  # events are looked at every 0.2 s
+        assert turns["compare"] <= (time.monotonic() - began) / 0.3 + 2
 
 
 async def test_standby_buyers_win_what_others_do_not_pay(shop: Shop) -> None:
@@ -589,7 +590,7 @@ async def test_the_process_answers_its_probes_and_ends_on_sigterm(shop: Shop, tm
             assert process.returncode is None
             return told.exists()
 
-        await until(listening, "the worker says its port", 20)
+        await until(listening, "the worker says its port")
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{told.read_text().strip()}") as client:
 
             async def ready() -> bool:
@@ -598,7 +599,7 @@ async def test_the_process_answers_its_probes_and_ends_on_sigterm(shop: Shop, tm
             await until(ready, "ready")
         await reserved(shop, 10)
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 15) == 0
+        assert await asyncio.wait_for(process.wait(), 60) == 0
     finally:
         if process.returncode is None:
             process.kill()

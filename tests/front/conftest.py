@@ -113,7 +113,7 @@ async def open_front(settings: Settings) -> Front:
     return Front(app, url, http, server, task)
 
 
-async def until(true: Callable[[], Any], within_s: float = 10.0) -> Any:
+async def until(true: Callable[[], Any], within_s: float = 60.0) -> Any:
     """Wait until `true()` (which may be a coroutine function) holds, and return it."""
     deadline = time.monotonic() + within_s
     while True:

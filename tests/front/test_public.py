@@ -55,7 +55,7 @@ async def test_a_switch_is_live_on_every_door_within_200_ms(open_door: Open, sho
     for door in doors:
         await seen(door=door)
     took = []
-    for paused, word in ((1, "paused"), (0, "open"), (1, "paused")):
+    for paused, word in (*((1, "paused"), (0, "open")) * 2, (1, "paused")):
         began = time.monotonic()
         await shop.switch("x", paused=paused)
         for door in doors:
@@ -63,19 +63,19 @@ async def test_a_switch_is_live_on_every_door_within_200_ms(open_door: Open, sho
             await until(lambda s=snapshots, w=word: s.state(s.get("x")) == w, 2)  # type: ignore[misc]
             assert (await door.http.get("/v1/sales/x/board")).json()["state"] == word
         took.append(time.monotonic() - began)
-    assert sorted(took)[1] < 0.2, took
+    assert sorted(took)[2] < 0.2, took  # the median: one or two may meet a busy machine
 
 
 @pytest.mark.serial
 async def test_a_new_sale_is_seen_within_200_ms(open_door: Open, shop: Shop) -> None:
     front = await open_door(snapshot_every_ms=100)
     took = []
-    for number in range(3):
+    for number in range(5):
         began = time.monotonic()
         await shop.publish(f"s{number}")
         await until(lambda n=number: front.app.door.snapshots.get(f"s{n}"), 2)  # type: ignore[misc]
         took.append(time.monotonic() - began)
-    assert sorted(took)[1] < 0.2, took
+    assert sorted(took)[2] < 0.2, took
 
 
 async def test_sales_are_listed_by_state_and_page(front: Front, shop: Shop, seen: Seen) -> None:

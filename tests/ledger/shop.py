@@ -31,7 +31,7 @@ from app.settings import Settings
 SALE = "drop"
 
 
-async def until(true: Callable[[], Awaitable[object]], what: str, within_s: float = 10.0) -> None:
+async def until(true: Callable[[], Awaitable[object]], what: str, within_s: float = 60.0) -> None:
     """Poll a condition."""
     deadline = time.monotonic() + within_s
     while not await true():

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 import pytest
 from sqlalchemy import text
 
-from app.embedded import free_port
 from app.errors import CannotStart
 from app.ledger import engine as engines
 from app.ledger import migrate
 from app.ledger.engine import driver_url
 from app.ledger.servers import NEXT_AFTER_S, Session
 from app.settings import Settings
+from tests.sockets import nobody
 
 
 def among(database_url: str, *others: int) -> str:
@@ -37,11 +37,15 @@ async def one(url: str) -> int:
 
 
 async def test_a_server_that_is_gone_is_passed_over(database_url: str) -> None:
-    assert await one(among(database_url, free_port())) == 1
+    with nobody() as port:
+        assert await one(among(database_url, port)) == 1
 
 
-async def test_a_server_that_is_silent_is_not_waited_for(database_url: str) -> None:
+async def test_a_server_that_is_silent_is_not_waited_for(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its machine is gone, or the network: nothing refuses."""
+    monkeypatch.setattr(engines, "CONNECT_WITHIN_S", 60.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         assert await one(among(database_url, silent.getsockname()[1])) == 1
@@ -49,13 +53,15 @@ async def test_a_server_that_is_silent_is_not_waited_for(database_url: str) -> N
 
 
 async def test_why_no_server_will_do_is_told(database_url: str) -> None:
-    wrong = among(database_url, free_port()).replace(urlsplit(database_url).password or "", "wrong")
-    with pytest.raises(Exception, match="password authentication failed"):
-        await one(wrong)
+    with nobody() as port:
+        wrong = among(database_url, port).replace(urlsplit(database_url).password or "", "wrong")
+        with pytest.raises(Exception, match="password authentication failed"):
+            await one(wrong)
 
 
 def test_migrations_find_it_too(database_url: str) -> None:
-    assert migrate.pending(among(database_url, free_port())) == []
+    with nobody() as port:
+        assert migrate.pending(among(database_url, port)) == []
 
 
 def test_several_servers_are_read_in_full() -> None:

@@ -39,7 +39,7 @@ def settings_for(redis_url: str, database_url: str, **changed: Any) -> Settings:
     )  # fmt: skip
 
 
-async def until(true: Callable[[], Any], within_s: float = 10.0) -> Any:
+async def until(true: Callable[[], Any], within_s: float = 60.0) -> Any:
     """Wait until `true()` (which may be a coroutine function) holds, and return it."""
     deadline = time.monotonic() + within_s
     while True:

@@ -34,7 +34,7 @@ async def served(app: Any) -> AsyncIterator[str]:
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.create_task(server._serve([listening]))
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                     await asyncio.sleep(0.01)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -89,7 +89,7 @@ async def hook_listener(take: Take) -> AsyncIterator[str]:
         yield url
 
 
-async def until(holds: Callable[[], Awaitable[Any] | Any], within_s: float = 10.0) -> Any:
+async def until(holds: Callable[[], Awaitable[Any] | Any], within_s: float = 60.0) -> Any:
     """What `holds` returns once that is true."""
     async with asyncio.timeout(within_s):
         while True:

@@ -75,7 +75,7 @@ def adapter_of(api: AlipayGateway, **changes: Any) -> Alipay:
         "seller_id": api.seller_id,
         "private_key": loopback.bare(loopback.pem(api.merchant_key)),
         "public_key": loopback.bare(loopback.public_pem(api.key)),
-        "deadline_s": 2.0,
+        "deadline_s": 20.0,
         "connections_max": 8,
         "url": f"{api.url or 'http://127.0.0.1:1'}/gateway.do",
     }

@@ -47,7 +47,7 @@ def adapter_of(api: AliyunApi, **changes: Any) -> AliyunSms:
         "key_secret": api.key_secret,
         "signature": "闪购",
         "templates": Templates(TEMPLATES, "FAIRDROP_ALIYUN_SMS_TEMPLATES"),
-        "deadline_s": 2.0,
+        "deadline_s": 20.0,
         "connections_max": 4,
         "url": api.url,
     }

@@ -215,7 +215,8 @@ async def test_a_supplier_that_hangs_holds_up_nobody_else() -> None:
     before = time.perf_counter()
     answers = await asyncio.gather(*(well.call("create", says(Done(1))) for _ in range(4)))
     assert answers == [Done(1)] * 4
-    assert time.perf_counter() - before < 0.5
+    assert time.perf_counter() - before < 5  # the hanging ones have not been given up by then
+    assert sick.bulkhead.in_flight == 4
     for task in hanging:
         task.cancel()
     await asyncio.gather(*hanging, return_exceptions=True)
@@ -312,12 +313,11 @@ async def test_a_call_is_repeated_so_often_at_most_with_growing_pauses_and_each_
 
 
 async def test_repeats_end_with_the_deadline() -> None:
-    guard = patient(deadline_s=0.05, retries_max=1_000, retry_first_s=0.02)
+    guard = patient(deadline_s=1.0, retries_max=1_000, retry_first_s=0.2)
     send, made = in_turn(NotDone("ConnectError"))
-    began = time.monotonic()
     assert await guard.call("create", send) == NotDone("ConnectError")
-    assert 1 < len(made) < 5
-    assert time.monotonic() - began < 1
+    assert 1 < len(made) < 6
+    assert made[-1] - made[0] < 1.0
 
 
 async def test_a_repeat_that_comes_too_late_leaves_what_the_supplier_said(

@@ -63,7 +63,7 @@ async def history(link: Link, name: str = "shop") -> list[Told]:
     return [msgspec.json.decode(fields[1], type=Told) for _, fields in entries]
 
 
-async def eventually(what: Callable[[], Any], within_s: float = 10.0) -> None:
+async def eventually(what: Callable[[], Any], within_s: float = 60.0) -> None:
     """Until `await what()` is true."""
     async with asyncio.timeout(within_s):
         while not await what():  # noqa: ASYNC110 - what happens is in Redis
@@ -94,7 +94,7 @@ async def calls_of_script(link: Link) -> int:
 
 
 async def test_a_healthy_call_costs_one_round_trip_at_most_and_calls_at_once_share_them(link: Link) -> None:
-    guard = Guard("shop", "payment", GuardRules())
+    guard = Guard("shop", "payment", GuardRules(breaker=Rules(window_ms=600_000)))
     breaker = guard.share(Scripts(link), who="w1", history_max=100)
 
     async def send() -> Answer[int]:
@@ -135,8 +135,8 @@ async def test_a_call_does_not_wait_for_its_report(link: Link) -> None:
 
 async def test_one_trip_stops_all_and_one_recovery_frees_all(link: Link) -> None:
     one, two = (
-        shared(link, calls_min=4, probes_max=2, open_ms=100, jitter=0),
-        shared(link, "w2", calls_min=4, probes_max=2, open_ms=100, jitter=0),
+        shared(link, calls_min=4, probes_max=2, open_ms=1_000, jitter=0),
+        shared(link, "w2", calls_min=4, probes_max=2, open_ms=1_000, jitter=0),
     )
     for breaker in (one, two, one, two):  # two failures each, none would have tripped alone
         await done(breaker, await breaker.take())
@@ -158,23 +158,25 @@ async def test_one_trip_stops_all_and_one_recovery_frees_all(link: Link) -> None
 
 async def test_who_still_believes_closed_stops_believing_before_half_open_can_begin(link: Link) -> None:
     rules = {"calls_min": 1, "open_ms": 200, "jitter": 0.2, "probes_max": 1}
-    sick, unaware = shared(link, **rules), shared(link, "w2", **rules)
-    await unaware.beat()
-    await trip(sick)
-    passed_unaware = 0
-    half_open = False
-    while not half_open:
-        # `unaware` never beats and never hears: the worst case. It asks Redis only when it stops believing.
-        answer = unaware.take_now()
-        passed_unaware += isinstance(answer, Permit)
-        (state,) = await link.call("HMGET", keys.breaker_key("shop"), "state")
-        assert state == b"open"
-        if sick.retry_in_ms() == 0:
-            probe = await sick.take()
-            half_open = isinstance(probe, SharedPermit)
-    assert passed_unaware > 0  # or this shows nothing
-    assert unaware.take_now() is None
-    assert isinstance(await unaware.ask(), Stop)
+    passed_unaware = attempts = 0
+    while not passed_unaware:  # or it shows nothing: a busy machine takes longer to trip than anyone believes
+        attempts += 1
+        assert attempts < 50
+        sick, unaware = (shared(link, who, name=f"shop{attempts}", **rules) for who in ("w1", "w2"))
+        await unaware.beat()
+        await trip(sick)
+        half_open = False
+        while not half_open:
+            # `unaware` never beats and never hears: the worst case. It asks Redis only when it stops believing.
+            answer = unaware.take_now()
+            passed_unaware += isinstance(answer, Permit)
+            (state,) = await link.call("HMGET", keys.breaker_key(f"shop{attempts}"), "state")
+            assert state == b"open"
+            if sick.retry_in_ms() == 0:
+                probe = await sick.take()
+                half_open = isinstance(probe, SharedPermit)
+        assert unaware.take_now() is None
+        assert isinstance(await unaware.ask(), Stop)
     assert fresh_ms(Rules(**rules)) <= 200 * 0.8 / 2
 
 
@@ -355,19 +357,19 @@ async def test_without_redis_each_process_goes_on_alone_and_comes_back(
 
 
 async def test_an_open_interval_runs_on_without_redis(link: Link) -> None:
-    breaker = shared(link, calls_min=1, open_ms=200, jitter=0, probes_max=1)
+    breaker = shared(link, calls_min=1, open_ms=1_000, jitter=0, probes_max=1)
     await trip(breaker)
     await link.close()
     await breaker.look()
     assert breaker.alone
     assert breaker.state is State.OPEN
-    assert 0 < breaker.retry_in_ms() <= 200
+    assert 0 < breaker.retry_in_ms() <= 1_000
     await until(lambda: breaker.retry_in_ms() == 0)
     probe = await breaker.take()
     assert isinstance(probe, Permit)
     assert isinstance(await breaker.take(), Stop)  # its own half-open has its own limit
     breaker.settle(probe, F)
-    assert 200 < breaker.retry_in_ms() <= 400  # and the interval grows as it would have
+    assert 1_000 < breaker.retry_in_ms() <= 2_000  # and the interval grows as it would have
 
 
 async def test_a_redis_that_lost_everything_gets_the_override_back_and_believes_no_old_result(

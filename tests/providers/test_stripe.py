@@ -53,7 +53,7 @@ async def stripe(api: StripeApi) -> AsyncIterator[Stripe]:
 
 
 def adapter_of(api: StripeApi, **changes: Any) -> Stripe:
-    values: dict[str, Any] = {"deadline_s": 2.0, "connections_max": 8, "url": api.url}
+    values: dict[str, Any] = {"deadline_s": 20.0, "connections_max": 8, "url": api.url}
     return Stripe(api.key, [api.hook_secret], **{**values, **changes})
 
 

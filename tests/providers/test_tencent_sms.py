@@ -53,7 +53,7 @@ def adapter_of(api: TencentApi, **changes: Any) -> TencentSms:
             ' "refunded": null}',
             "FAIRDROP_TENCENT_SMS_TEMPLATES",
         ),
-        "deadline_s": 2.0,
+        "deadline_s": 20.0,
         "connections_max": 4,
         "url": api.url,
     }

@@ -49,7 +49,7 @@ def adapter_of(api: TwilioApi, **changes: Any) -> Twilio:
         "account_sid": api.account_sid,
         "auth_token": api.auth_token,
         "sender": "+15017122661",
-        "deadline_s": 2.0,
+        "deadline_s": 20.0,
         "connections_max": 4,
         "status_url": STATUS_URL,
         "url": api.url,

@@ -68,7 +68,7 @@ def adapter_of(api: WechatPayApi, **changes: Any) -> WechatPay:
         "serial": api.merchant_serial,
         "private_key": loopback.pem(api.merchant_key),
         "apiv3_key": api.apiv3_key,
-        "deadline_s": 2.0,
+        "deadline_s": 20.0,
         "connections_max": 8,
         "url": api.url or "http://127.0.0.1:1",
     }
@@ -307,7 +307,7 @@ async def test_certificates_are_downloaded_by_themselves_and_renewed(
 async def test_a_call_back_under_a_new_certificate_is_learned_once_and_forgers_cost_nothing(
     api: WechatPayApi, wechat: WechatPay
 ) -> None:
-    guarded = GuardedPayment(wechat, Guard("wechat-pay", "payment", GuardRules(deadline_s=2.0)))
+    guarded = GuardedPayment(wechat, Guard("wechat-pay", "payment", GuardRules(deadline_s=20.0)))
     await wechat.create(wanted())
     api.rotate("platform 2")
     headers, body = api.signed(api.note("TRANSACTION.SUCCESS", api.pay(NUMBER)))
@@ -365,7 +365,7 @@ async def test_while_a_merchant_moves_to_the_public_key_both_are_believed(api: W
     key_id, api.public_key_id = api.public_key_id, ""
     old_style = api.signed(note)  # still signed with the platform certificate
     api.public_key_id = key_id
-    guarded = GuardedPayment(adapter, Guard("wechat-pay", "payment", GuardRules(deadline_s=2.0)))
+    guarded = GuardedPayment(adapter, Guard("wechat-pay", "payment", GuardRules(deadline_s=20.0)))
     await guarded.prepare_hook(old_style[0])
     assert isinstance(guarded.read_hook(*old_style, datetime.now(UTC)), HookPaid)
     await adapter.aclose()

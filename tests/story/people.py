@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 LOOKS_IN_A_ROW = 12  # two front doors share the port: the chance that one was never asked is 1 in 2,048
 
-WITHIN_S = 15.0  # for anything that happens by itself: far more than it takes, a busy machine is no failure
+WITHIN_S = 60.0  # for anything that happens by itself: far more than it takes, a busy machine is no failure
 
 
 async def until(look: Callable[[], Awaitable[T]], fine: Callable[[T], bool], within_s: float = WITHIN_S) -> T:

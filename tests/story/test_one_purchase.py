@@ -37,7 +37,7 @@ async def test_lin_gets_a_phone_at_the_minute(town: Town) -> None:
     assert (await wei.taps()).status_code == 202
 
     # (So that nobody has to wait for a minute here, the operator brings the opening forward. It is live at once.)
-    await town.operator.opens(sale, in_s=1.0)
+    await town.operator.opens(sale, in_s=2.0)
 
     # claim: at the minute the first advance draws the ranks and `served` moves. The unit is taken and the order entry
     # is written in one script: there is no unit without an entry and no entry without a unit. One of the two wins.

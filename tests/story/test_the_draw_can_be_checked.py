@@ -34,7 +34,7 @@ async def test_anyone_can_recompute_every_rank(town: Town) -> None:
             return shown
 
         before = json.dumps(await draw())
-        await town.operator.opens(sale, in_s=1.5)
+        await town.operator.opens(sale, in_s=3.0)
 
         async def reserved() -> int:
             return [(await person.looks())["state"] for person in people].count("reserved")
