@@ -272,7 +272,7 @@ async def money(shop: Shop, redis_url: str, database_url: str, **changes: Any) -
         settings = Settings(**{**values, **changes})
         engine = create_engine(settings)
         providers = open_providers(settings)
-        link = Link(redis_url, name="test", deadline_s=2.0)
+        link = Link(redis_url, name="test", deadline_s=20.0)
         await link.start()
         try:
             stage.append(Money(settings, engine, shop, providers, link))

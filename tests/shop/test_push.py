@@ -346,14 +346,15 @@ async def test_a_lease_of_a_dead_worker_ends_and_its_late_result_changes_nothing
 async def test_an_answer_that_never_ends_and_one_that_never_begins_are_both_bounded(
     engine: AsyncEngine, settings: Settings, ear: Ear
 ) -> None:
-    short = settings.model_copy(update={"webhook_deadline_s": 0.3, "webhook_answer_max_bytes": 1000})
-    pusher = Pusher(engine, short)
+    pusher = Pusher(engine, settings.model_copy(update={"webhook_answer_max_bytes": 1000}))
     ear.answer = lambda n: b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n" + b"x" * 100_000
     await endpoint(engine, ear.url)
     await happen(engine, "a")
     await pusher.spread()
     await push_once(pusher)
     assert await states(engine) == ["delivered"]
+    await pusher.aclose()
+    pusher = Pusher(engine, settings.model_copy(update={"webhook_deadline_s": 0.3}))
     ear.hold = asyncio.Event()
     await happen(engine, "b")
     await pusher.spread()
