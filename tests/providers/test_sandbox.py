@@ -24,6 +24,7 @@ from app.providers.registry import Providers, open_providers
 from app.providers.sms import Text
 from app.settings import Settings
 from tests.providers.server import SECRET, Shop, hook_listener, sandbox, until
+from tests.sockets import nobody
 
 
 @pytest.fixture
@@ -33,12 +34,18 @@ async def shop() -> AsyncIterator[Shop]:
 
 
 @pytest.fixture
-async def providers(shop: Shop) -> AsyncIterator[Providers]:
+def deadline_s() -> float:
+    """Of a call to the supplier. A test that waits for it to pass gives its own."""
+    return 20.0
+
+
+@pytest.fixture
+async def providers(shop: Shop, deadline_s: float) -> AsyncIterator[Providers]:
     settings = Settings(
         env="development",
         sandbox_url=shop.url,
         sandbox_secret=SECRET,
-        provider_deadline_s=1.0,
+        provider_deadline_s=deadline_s,
         provider_wait_max_s=0.1,
     )
     providers = open_providers(settings)
@@ -203,14 +210,14 @@ async def test_texts_are_logged_once_and_a_bad_number_is_a_refusal(shop: Shop, p
 
 
 @pytest.mark.parametrize(
-    ("faults", "answer"),
+    ("faults", "answer", "deadline_s"),
     [
-        ({"error_rate": 1, "error_status": 500}, MaybeDone("sandbox_error")),
-        ({"error_rate": 1, "error_status": 429}, NotDone("sandbox_error", 0, Result.IGNORED)),
-        ({"refuse_rate": 1}, NotDone("not_taken")),
-        ({"hang_rate": 1}, MaybeDone("deadline")),
-        ({"lost_rate": 1}, MaybeDone("deadline")),
-        ({"lost_rate": 1, "hang_ms": 10}, MaybeDone("reply_lost")),
+        ({"error_rate": 1, "error_status": 500}, MaybeDone("sandbox_error"), 20.0),
+        ({"error_rate": 1, "error_status": 429}, NotDone("sandbox_error", 0, Result.IGNORED), 20.0),
+        ({"refuse_rate": 1}, NotDone("not_taken"), 20.0),
+        ({"hang_rate": 1}, MaybeDone("deadline"), 1.0),
+        ({"lost_rate": 1}, MaybeDone("deadline"), 1.0),
+        ({"lost_rate": 1, "hang_ms": 10}, MaybeDone("reply_lost"), 20.0),
     ],
 )
 async def test_each_fault_is_understood(shop: Shop, providers: Providers, faults: Any, answer: Any) -> None:
@@ -223,11 +230,11 @@ async def test_each_fault_is_understood(shop: Shop, providers: Providers, faults
 
 
 async def test_nobody_there_is_certainly_not_done() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    providers = open_providers(Settings(env="development", sandbox_url=url, sandbox_secret=SECRET))
-    assert await providers.payment["sandbox"].create(wanted()) == NotDone("ConnectError")
-    await providers.aclose()
+    with nobody() as port:
+        url = f"http://127.0.0.1:{port}"
+        providers = open_providers(Settings(env="development", sandbox_url=url, sandbox_secret=SECRET))
+        assert await providers.payment["sandbox"].create(wanted()) == NotDone("ConnectError")
+        await providers.aclose()
 
 
 async def test_a_wrong_secret_is_refused_and_counts_against_the_supplier(shop: Shop) -> None:
@@ -265,8 +272,11 @@ async def test_a_hanging_payment_supplier_does_not_stall_texts(shop: Shop, provi
     await until(lambda: payment.guard.bulkhead.in_flight == payment.guard.rules.places_max)
     text = Text(id="T1", phone="+8613800000000", language="en", template="paid", body="paid")
     assert isinstance(await providers.sms["sandbox-sms"].send(text), Done)
-    answers = await asyncio.gather(*hanging)
-    assert all(isinstance(answer, MaybeDone | NotDone) for answer in answers)
+    assert payment.guard.bulkhead.in_flight == payment.guard.rules.places_max  # they hang on
+    for task in hanging:
+        task.cancel()
+    await asyncio.gather(*hanging, return_exceptions=True)
+    assert payment.guard.bulkhead.in_flight == 0
 
 
 async def test_auto_pay_plays_the_buyers_alike_for_the_same_seed(shop: Shop, providers: Providers) -> None:
