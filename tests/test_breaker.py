@@ -28,10 +28,17 @@ from app.breaker import (
     TimeWindow,
 )
 from app.link import Link
+from app.providers import shared_breaker
 from app.providers.shared_breaker import SharedBreaker
 from app.scripts import Scripts
 
 S, F, I = Result.SUCCESS, Result.FAILURE, Result.IGNORED  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis whose disk is busy for a moment is waited for here; without it a breaker goes on alone."""
+    monkeypatch.setattr(shared_breaker, "DEADLINE_S", 30.0)
 
 
 class Clock:

@@ -20,7 +20,7 @@ from app.answers import Gone, Stands
 from app.breaker import Counts, Event, Permit, Result, Rules, State, Stop
 from app.embedded import Valkey
 from app.link import Link
-from app.providers import published
+from app.providers import published, shared_breaker
 from app.providers.answer import Answer, Done, MaybeDone, NotDone
 from app.providers.guard import Guard, GuardRules
 from app.providers.shared_breaker import SharedBreaker, SharedPermit, Told, fresh_ms, rules_text
@@ -29,6 +29,12 @@ from tests.providers.server import until
 
 S, F, I = Result.SUCCESS, Result.FAILURE, Result.IGNORED  # noqa: E741
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis whose disk is busy for a moment is waited for here; without it a breaker goes on alone."""
+    monkeypatch.setattr(shared_breaker, "DEADLINE_S", 30.0)
 
 
 @pytest.fixture
@@ -94,7 +100,7 @@ async def calls_of_script(link: Link) -> int:
 
 
 async def test_a_healthy_call_costs_one_round_trip_at_most_and_calls_at_once_share_them(link: Link) -> None:
-    guard = Guard("shop", "payment", GuardRules(breaker=Rules(window_ms=600_000)))
+    guard = Guard("shop", "payment", GuardRules(breaker=Rules(window_ms=600_000), wait_max_s=60.0))
     breaker = guard.share(Scripts(link), who="w1", history_max=100)
 
     async def send() -> Answer[int]:
