@@ -137,6 +137,7 @@ const sleep = ms => new Promise(done => {
   sleepers.add(up);
 });
 function wake() { for (const up of [...sleepers]) up(); }
+const PATIENT = 40; // tries of what a tap wants: some minutes, as long as a store that is made anew may need
 async function insist(tries, method, path, options) { // what may be asked again: no connection, 429 and 503 change nothing
   for (;;) {
     const answer = await call(method, path, options);
@@ -347,7 +348,7 @@ async function getPass() {
   const wish = { source: "page" };
   try { const given = contact(); if (given) wish.contact = given; } catch (error) { trouble = error.message; $("phone").focus(); return false; }
   for (let tries = 0; tries < 3; tries++) {
-    const answer = await insist(5, "POST", `/v1/sales/${saleId}/pass`, { body: wish, auth: identity(false) });
+    const answer = await insist(PATIENT, "POST", `/v1/sales/${saleId}/pass`, { body: wish, auth: identity(false) });
     if (answer.status === 201) { pass = answer.doc.pass; store.set("pass:" + saleId, pass); return true; }
     const challenge = answer.status === 403 && answer.doc && answer.doc.challenge;
     if (!challenge) {
@@ -365,7 +366,7 @@ async function getPass() {
 async function join(again) {
   if (!pass && !(await getPass())) return;
   const units = sale.limit_per_buyer > 1 ? Number($("units").value) || 1 : 1, wanted = sku();
-  for (let tries = 0; tries < 40; tries++) { // the same request again is always safe: one buyer, one ticket
+  for (let tries = 0; tries < PATIENT; tries++) { // the same request again is always safe: one buyer, one ticket
     const answer = await call("POST", `/v1/sales/${saleId}/tickets`, { body: { sku: wanted, units, ...(again ? { again: true } : {}) }, auth: identity() });
     if (answer.status === 200 || answer.status === 202) {
       failures = 0; trouble = "";
