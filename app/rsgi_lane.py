@@ -178,8 +178,10 @@ class Request:
         self._lane.took(body)
         if body.cancelled():
             self._lane.respond(self._call.proto, 408, _TOO_SLOW_HEADERS, TOO_SLOW)
-        elif body.exception() is None:  # else the client has gone
+        elif body.exception() is None:
             self.ask(body.result())
+        else:  # the client has gone
+            self._call.done()
 
     def ask(self, body: bytes) -> None:
         gate = self._lane.gate

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import logging
 import signal
 import socket
 import sys
@@ -264,6 +265,7 @@ class Granian:
 
         rust: Any = _granian  # its type information is that of an older version
 
+        logging.getLogger("_granian").setLevel(logging.WARNING)  # it tells of each start and stop
         self._loop = asyncio.get_running_loop()
         gate = gate_of(settings)
         if gate is not None:

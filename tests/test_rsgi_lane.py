@@ -209,7 +209,9 @@ async def test_a_body_that_does_not_come_in_time_is_408_and_the_end(path: bytes)
 
 
 @pytest.mark.parametrize("path", [b"/hot", b"/cold"])
-async def test_half_a_body_is_never_taken_for_a_whole_one(path: bytes) -> None:
+async def test_half_a_body_is_never_taken_for_a_whole_one(
+    path: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     async with serving() as front:
         _, writer = await asyncio.open_connection("127.0.0.1", front.port)
         writer.write(post(path, b"ab", length=10))
@@ -221,7 +223,9 @@ async def test_half_a_body_is_never_taken_for_a_whole_one(path: bytes) -> None:
             await until(lambda: front.lane._tasks)
             writer.transport.abort()
             await until(lambda: front.shop.ended == ["http.disconnect"])
+        assert (await ask(front.port, get(b"/cold")))[0][1] == b"asgi /cold "
         assert front.shop.lane == 0
+    assert not caplog.text
 
 
 async def test_who_leaves_before_the_answer_harms_nobody_and_a_broken_request_neither() -> None:
