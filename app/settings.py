@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         description="MB of a file that is removed when Valkey ended on a full disk, so that it can start; 0: none",
     )
     redis_deadline_s: float = Field(2.0, description="s; a Redis call without an answer by then is unknown")
-    database_pool: int = Field(8, description="connections a process keeps to Postgres")
+    database_pool: int = Field(8, description="connections a process keeps to Postgres; a worker one more")
     database_deadline_s: float = Field(15.0, description="s; one SQL statement")
 
     # secrets
@@ -267,7 +267,9 @@ class Settings(BaseSettings):
     )
     lease_s: float = Field(30.0, description="s a due row stays leased to one worker")
     expire_every_ms: int = Field(500, description="ms between two looks for unpaid orders")
-    relay_every_ms: int = Field(100, description="ms between two looks at the outbox")
+    relay_every_ms: int = Field(
+        100, description="ms between two looks at what is due (at most 100 ms) and at what buyers ask for"
+    )
     link_wait_max_s: int = Field(
         60, description="s after confirm before the payment deadline starts without a link"
     )

@@ -40,6 +40,7 @@ from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
 from app.ledger import events
+from app.ledger.due import Kind
 from app.link import Link
 from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
@@ -48,7 +49,8 @@ from app.purchase.admit import Admitter, Course
 from app.purchase.confirm import TOOK, Confirmer, Entry
 from app.purchase.degrade.advise import Advisor
 from app.purchase.degrade.extend import Extender
-from app.purchase.leased import QUIET_LOOKS, REST_TIMES
+from app.purchase.leased import first_of
+from app.purchase.lookout import LOOK_EVERY_S, Lookout
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Reconciler, copy_routes
 from app.scripts import Scripts
@@ -106,17 +108,19 @@ async def keep_going(
     health: Health,
     *,
     wake: asyncio.Event | None = None,
-    rests: bool = False,
+    bell: asyncio.Event | None = None,
     backoff_max_s: float = BACKOFF_MAX_S,
 ) -> None:
     """Turn after turn until `stopping`; an outage is waited out with backoff, and logged when it begins and ends.
 
-    rests: after QUIET_LOOKS turns that found nothing the next ones are REST_TIMES as far apart.
+    A turn that found nothing more to do is followed by another `every_s` later, or when it is woken; with a bell, once
+    that rings too.
     """
-    backoff_s, since, quiet = BACKOFF_S, 0.0, 0
+    backoff_s, since = BACKOFF_S, 0.0
     while not stopping.is_set():
-        if wake is not None:
-            wake.clear()
+        for called in (wake, bell):
+            if called is not None:
+                called.clear()
         try:
             more = await turn()
         except Exception as error:  # noqa: BLE001 - a loop survives what nobody thought of: it says so and goes on
@@ -131,7 +135,7 @@ async def keep_going(
                 alert("loop_failing", "a loop of the worker has been failing for long", loop=name, error=why)
             if time.monotonic() - since > ALERT_AFTER_S / 10:
                 health.troubles[name] = why
-            await _rest(stopping, backoff_s)
+            await first_of(stopping, None, backoff_s)
             backoff_s = min(backoff_s * 2, backoff_max_s)
             continue
         if since:
@@ -139,9 +143,10 @@ async def keep_going(
             FAILING.labels(name).set(0)
             health.troubles.pop(name, None)
             backoff_s, since = BACKOFF_S, 0.0
-        quiet = 0 if more else quiet + 1
         if not more:
-            await _rest(wake or stopping, every_s * (REST_TIMES if rests and quiet > QUIET_LOOKS else 1))
+            await first_of(stopping, wake, every_s)
+            if bell is not None:
+                await first_of(stopping, bell)
 
 
 def once(turn: Turn) -> Turn:
@@ -151,11 +156,6 @@ def once(turn: Turn) -> Turn:
         await turn()
 
     return rested
-
-
-async def _rest(until: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(until.wait(), seconds)
 
 
 class Streams:
@@ -312,6 +312,7 @@ class ConfirmLoop:
     confirmer: Confirmer
     admitter: Admitter
     settings: Settings
+    wrote: Callable[[], None] = lambda: None  # after a batch was confirmed
     working: dict[asyncio.Task[None], Batch] = field(default_factory=dict)
     held: list[Batch] = field(default_factory=list)  # failed, or COMMIT's answer was lost
 
@@ -405,6 +406,7 @@ class ConfirmLoop:
     async def _confirm(self, batch: Batch) -> None:
         begun = time.monotonic()
         await self.confirmer.confirm(batch.sale, batch.entries, careful=batch.careful)
+        self.wrote()
         TOOK.observe(time.monotonic() - begun)
 
 
@@ -448,21 +450,34 @@ class Worker:
         self.stopping = asyncio.Event()
         self.health = Health()
         self.engine: AsyncEngine = engines.create_engine(settings, name="fairdrop worker")
+        # A connection of its own: it waits for no other, and Postgres plans for it what it would for nobody else.
+        self.watch = engines.create_engine(
+            settings, name="fairdrop lookout", pool=1, planner=engines.INDEXES_ONLY
+        )
+        self.lookout = Lookout(self.watch, min(LOOK_EVERY_S, settings.relay_every_ms / 1000))
         self.link = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker")
         self.reading = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker-read")
         self.scripts = Scripts(self.link)
         self.providers = providers or open_providers(settings)
         self.admitter = Admitter(self.link, self.scripts, settings)
-        self.course = Course(self.engine, self.link, self.scripts, self.admitter)
+        come = self.lookout.bell("course")
+        self.course = Course(self.engine, self.link, self.scripts, self.admitter, come)
         self.confirmer = Confirmer(self.engine, self.link, self.scripts, settings, self.providers.payment_now)
         self.confirming = ConfirmLoop(
             Streams(self.reading, self.consumer, lambda sale: SaleKeys(sale).orders),
             self.confirmer,
             self.admitter,
             settings,
+            wrote=self.lookout.wrote,
         )
         self.releaser = Releaser(
-            self.engine, self.link, self.scripts, settings, self._clear, self._start_attempt
+            self.engine,
+            self.link,
+            self.scripts,
+            settings,
+            self._clear,
+            self._start_attempt,
+            partial(self.lookout.wrote, "outbox"),
         )
         self.asking = AsksLoop(
             Streams(self.link, self.consumer, lambda sale: SaleKeys(sale).asks),
@@ -470,8 +485,11 @@ class Worker:
             self.admitter,
             settings,
         )
-        self.extender = Extender(self.engine, self.providers, settings)
-        self.advisor = Advisor(self.engine, self.link, self.scripts, self.providers, self.admitter, settings)
+        seen_out, attempts = self.lookout.bell("outage"), self.lookout.bell("attempts")
+        self.extender = Extender(self.engine, self.providers, settings, seen_out)
+        self.advisor = Advisor(
+            self.engine, self.link, self.scripts, self.providers, self.admitter, settings, attempts
+        )
         self.biller = Biller(self.engine, self.providers, settings)
         self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter, settings)
 
@@ -536,19 +554,21 @@ class Worker:
                     turn: Turn,
                     every_s: float,
                     wake: asyncio.Event | None = None,
-                    rests: bool = False,
+                    due: Kind | None = None,
                     backoff_max_s: float = BACKOFF_MAX_S,
                 ) -> None:
+                    bell = None if due is None else self.lookout.bell(due)
                     group.create_task(
                         keep_going(
                             name, turn, every_s, self.stopping, self.health,
-                            wake=wake, rests=rests, backoff_max_s=backoff_max_s,
+                            wake=wake, bell=bell, backoff_max_s=backoff_max_s,
                         ),
                         name=name,
                     )  # fmt: skip
 
                 urgent = partial(loop, backoff_max_s=URGENT_BACKOFF_MAX_S)
 
+                urgent("lookout", self.lookout.turn, 0.0)
                 urgent("admit", self.admitter.turn, s.admit_every_ms / 1000)
                 loop("beacon", once(lambda: self.admitter.put_beacons(client)), 1.0)
                 loop("beacon-note", lambda: self.admitter.note_beacons(self.engine), 1.0)
@@ -558,13 +578,13 @@ class Worker:
                 loop("consumers", self.remove_consumers, CONSUMERS_EVERY_S)
                 loop("asks", self.asking.turn, relay_s)
                 loop("asks-take-over", self.asking.take_over, idle_s)
-                loop("deadlines", self.releaser.start_deadlines, DEADLINES_EVERY_S)
+                loop("deadlines", self.releaser.start_deadlines, DEADLINES_EVERY_S, due="linkless")
                 loop("advise", self.advisor.turn, ADVICE_EVERY_S)
                 loop("extend", self.extender.turn, OUTAGES_EVERY_S)
-                loop("expire", self.releaser.expire, expire_s)
-                loop("let-go", self.releaser.let_go, relay_s, rests=True)
-                loop("relay", self.releaser.relay, relay_s, self.releaser.due)
-                loop("events", self.number_events, EVENTS_EVERY_S)
+                loop("expire", self.releaser.expire, expire_s, due="unpaid")
+                loop("let-go", self.releaser.let_go, relay_s, due="leaving")
+                loop("relay", self.releaser.relay, 0.0, due="outbox")
+                loop("events", self.number_events, EVENTS_EVERY_S, due="events")
                 urgent("pulse", once(self.reconciler.pulse), s.pulse_every_s)
                 loop("routes-copy", once(partial(copy_routes, self.engine, self.link)), ROUTES_EVERY_S)
                 urgent("rebuild", once(self.reconciler.mend), MEND_EVERY_S, self.reconciler.elected)
@@ -573,22 +593,22 @@ class Worker:
                 loop("bills-again", self.biller.again, BILLS_AGAIN_EVERY_S)
                 loop("settle", self.reconciler.settle, SETTLE_EVERY_S)
                 loop("contacts", lambda: remove_old(self.engine, s.settled_keep_days), CONTACTS_EVERY_S)
+                ours = self.engine, self.scripts, self.providers, s, self.stopping, self.lookout
                 for name, work in (
-                    ("pay", lambda: pay.run(self.engine, self.scripts, self.providers, s, self.stopping)),
-                    ("tell", lambda: tell.run(self.engine, self.scripts, self.providers, s, self.stopping)),
-                    ("push", lambda: push.run(self.engine, s, self.stopping)),
+                    ("pay", lambda: pay.run(*ours)),
+                    ("tell", lambda: tell.run(*ours)),
+                    ("push", lambda: push.run(self.engine, s, self.stopping, self.lookout)),
                     ("providers", lambda: published.run(self.link, self.providers, s, self.stopping)),
                     ("routes", lambda: routes.run(self.link, self.providers.routes, self.stopping)),
                 ):
                     loop(name, work, 0.1)
                 await self.stopping.wait()
-                self.releaser.due.set()  # nobody rests any longer
-                self.reconciler.elected.set()
         finally:
             await self.link.close()
             await self.reading.close()
             await self.providers.aclose()
             await self.engine.dispose()
+            await self.watch.dispose()
 
 
 # Probes

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -28,7 +28,6 @@ from app.keys import GROUP, SaleKeys
 from app.ledger import confirming, orders
 from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer
-from app.purchase.leased import QUIET_LOOKS, REST_TIMES
 from app.reconcile import Reconciler
 from app.worker import Health, Streams, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
@@ -159,27 +158,34 @@ async def test_a_stream_is_missing_only_from_a_sale_that_is_open(
     assert given == ["stream_missing"]
 
 
-@pytest.mark.parametrize("rests", [True, False])
-async def test_a_loop_that_finds_nothing_looks_less_often_until_it_finds_something(
-    monkeypatch: pytest.MonkeyPatch, rests: bool
-) -> None:
-    """An idle worker asked Postgres 88 times a second whether there was anything to do."""
-    stopping, waits = asyncio.Event(), []
-    found = iter([*[0] * (QUIET_LOOKS + 2), 1, 0])
+async def test_a_worker_at_rest_asks_postgres_one_question_for_all_its_loops(shop: Shop) -> None:
+    """Each loop looked for itself: 60 to 88 transactions a second for nothing."""
+    await shop.publish(2)
+    looks, others = 0, Counter[str]()
+    async with at_work(shop, relay_every_ms=100, expire_every_ms=500, pulse_every_s=1.0) as worker:
+        look = worker.lookout.turn
 
-    async def turn() -> int:
-        more = next(found, None)
-        if more is None:
-            stopping.set()
-        return more or 0
+        async def counted() -> bool:
+            nonlocal looks
+            looks += 1
+            return await look()
 
-    async def rest(_until: asyncio.Event, seconds: float) -> None:
-        waits.append(seconds)
+        worker.lookout.turn = counted  # type: ignore[method-assign]  # before its loop begins
 
-    monkeypatch.setattr(worker_module, "_rest", rest)
-    await keep_going("a loop", turn, 1.0, stopping, Health(), rests=rests)
-    far = float(REST_TIMES) if rests else 1.0
-    assert waits == [*[1.0] * QUIET_LOOKS, far, far, 1.0, 1.0]
+        @event.listens_for(worker.engine.sync_engine, "before_cursor_execute")
+        def _note(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            others[statement[:60]] += 1
+
+        async def looked(times: int) -> None:
+            async def enough() -> bool:
+                return looks >= times
+
+            await until(enough, f"{times} looks", 30.0)
+
+        await looked(10)  # every loop has looked once by itself
+        others.clear()
+        await looked(30)
+        assert others.total() <= 2 * 20, others.most_common()
 
 
 async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -64,7 +65,17 @@ def driver_url(database_url: str) -> URL:
         raise CannotStart(ADDRESS_LIKE) from error
 
 
-def create_engine(settings: Settings, *, name: str = "fairdrop", pool: int | None = None) -> AsyncEngine:
+# For one statement that is planned once, perhaps while its tables are empty, and runs ten times a second ever after.
+INDEXES_ONLY = {"enable_seqscan": "off", "jit": "off"}
+
+
+def create_engine(
+    settings: Settings,
+    *,
+    name: str = "fairdrop",
+    pool: int | None = None,
+    planner: Mapping[str, str] = MappingProxyType({}),
+) -> AsyncEngine:
     """An engine with at most `pool` (default `database_pool`) connections; nothing is connected yet.
 
     Every statement has `database_deadline_s`, on both sides: the server gives up too, so that a worker which
@@ -75,7 +86,7 @@ def create_engine(settings: Settings, *, name: str = "fairdrop", pool: int | Non
         driver_url(settings.database_url),
         size=size,
         deadline_s=settings.database_deadline_s,
-        server_settings={"application_name": name},
+        server_settings={"application_name": name, **planner},
     )
 
 

@@ -76,14 +76,3 @@ async def extend(
     rows = [dict(row) for row in found.mappings()]
     await orders.tell_many(conn, rows)
     return rows
-
-
-async def any_now(conn: AsyncConnection) -> bool:
-    """Whether any worker sees a supplier out: a look, so that rest costs one statement."""
-    found = await conn.execute(
-        text(
-            "SELECT EXISTS (SELECT FROM payment_outage WHERE seen_at > now() - make_interval(secs => :current))"
-        ),
-        {"current": CURRENT_S},
-    )
-    return bool(found.scalar_one())

@@ -84,6 +84,13 @@ sale = sa.Table(
     sa.CheckConstraint("NOT standby OR limit_per_buyer = 1", name="standby_means_one_unit"),
 )
 
+# Those that something is still to happen to: some, of all that ever were.
+sa.Index(
+    "sales_under_way",
+    sale.c.state,
+    postgresql_where=sa.text("state IN ('scheduled', 'open', 'paused', 'closed')"),
+)
+
 item = sa.Table(
     "item",
     metadata,
@@ -151,6 +158,11 @@ sa.Index(
     postgresql_where=sa.text(LIVE_ORDER),
 )
 sa.Index("orders_due", purchase_order.c.pay_by, postgresql_where=sa.text("state = 'reserved'"))
+sa.Index(
+    "orders_leaving",
+    purchase_order.c.order_no,
+    postgresql_where=sa.text("state = 'reserved' AND leaving"),
+)
 # A buyer who comes back: the contact is taken over from the ended order. Partial, so that it costs confirm nothing.
 sa.Index(
     "ended_orders_of_buyer",
@@ -244,6 +256,7 @@ capture = sa.Table(
     sa.UniqueConstraint("provider", "provider_ref", name="one_capture_a_ref"),
 )
 sa.Index("captures_of_order", capture.c.order_no)
+sa.Index("captures_due", capture.c.id, postgresql_where=sa.text("state = 'due'"))
 sa.Index("captures_by_day", capture.c.provider, capture.c.captured_at)
 sa.Index(
     "one_kept_capture_an_order", capture.c.order_no, unique=True, postgresql_where=sa.text("state = 'kept'")

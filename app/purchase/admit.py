@@ -297,15 +297,19 @@ class Course:
     link: Link
     scripts: Scripts
     admitter: Admitter
+    due: asyncio.Event | None = None  # rings once an opening or closing has come; None: look each time
     _sold_out: dict[str, bool] = field(default_factory=dict)  # as noted last
 
     async def note(self) -> int:
         """Note what has come: opened, sold out, closed. Returns how many changes there were."""
         changes = 0
-        async with alone(self.engine) as conn:
-            due = await course.is_due(conn)
-        if due:
-            changes += await self._turn()
+        if self.due is None or self.due.is_set():
+            if self.due is not None:
+                self.due.clear()
+            async with alone(self.engine) as conn:
+                due = await course.is_due(conn)
+            if due:
+                changes += await self._turn()
         for sale in list(self.admitter.watched.values()):
             if sale.opened and not sale.closed:
                 changes += await self._note_stock(sale)

@@ -1,5 +1,7 @@
 """Works off due rows: lease some, handle each beside the others, never more than there is room for.
 
+When it is worth a look a bell says (lookout.py): with nothing due a loop asks Postgres nothing.
+
 A row that cannot be handled stays leased until its lease runs out: that is its backoff, whatever went wrong.
 """
 
@@ -14,12 +16,12 @@ from typing import Any, TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.errors import DidNotHappen, Unknown
+from app.purchase.lookout import LOOK_EVERY_S, Lookout
+
 T = TypeVar("T")
 log = structlog.get_logger()
 
-LOOK_EVERY_S = 0.1  # between two looks when nothing was due: what a buyer may wait for a link to be begun
-QUIET_LOOKS = 50  # with nothing due: from then on looks are REST_TIMES as far apart, until something is
-REST_TIMES = 3
 GATHER_S = 0.005  # so that one look takes the places of several that finished together
 DATABASE_DOWN_S = 1.0  # between two looks while Postgres does not answer
 DRAIN_S = 8.0  # after `stopping`: longer than one supplier call; what is cut off recovers by query
@@ -76,12 +78,13 @@ async def work_off(
     handle: Callable[[T], Awaitable[None]],
     room: Callable[[int], int],
     stopping: asyncio.Event,
-    *,
-    look_every_s: float = LOOK_EVERY_S,
+    lookout: Lookout,
+    bell: asyncio.Event,
 ) -> None:
     """Until `stopping` is set; then what has begun is finished, for at most DRAIN_S.
 
-    lease(n): take up to n due rows. handle(row): deal with one. room(running): how many more may begin now.
+    lease(n): take up to n due rows. handle(row): deal with one. room(running): how many more may begin now. bell: rings
+    while rows are due.
     """
     running: set[asyncio.Task[None]] = set()
 
@@ -93,36 +96,77 @@ async def work_off(
         except Exception:
             # A bug must not stop the other rows; this one comes back when its lease ends.
             log.exception("row_left_leased", loop=name)
+        lookout.wrote()
 
-    quiet = 0
     stop = asyncio.ensure_future(stopping.wait())
+    rung = asyncio.ensure_future(bell.wait())
     try:
         while not stop.done():
-            wait_s, wanted, rows = look_every_s, room(len(running)), []
+            if rung.done():
+                rung = asyncio.ensure_future(bell.wait())
+            await asyncio.wait({stop, rung}, return_when="FIRST_COMPLETED")
+            wait_s, wanted, rows, failed = LOOK_EVERY_S, room(len(running)), [], False
             if wanted > 0:
+                bell.clear()
                 try:
                     rows = list(await lease(wanted))
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     log.warning("cannot_lease", loop=name, error=type(error).__name__)
-                    wait_s = DATABASE_DOWN_S
-            quiet = 0 if rows or running else quiet + 1
-            if quiet > QUIET_LOOKS:
-                wait_s *= REST_TIMES
+                    wait_s, failed = DATABASE_DOWN_S, True
             for row in rows:
                 task = asyncio.create_task(one(row), name=f"{name} row")
                 running.add(task)
                 task.add_done_callback(running.discard)
             # There may be more where a full batch came from: go on as soon as a few have finished.
             more = len(rows) == wanted
-            await asyncio.wait(
-                {stop, *running} if more else {stop}, timeout=wait_s, return_when="FIRST_COMPLETED"
-            )
+            if more or failed:
+                bell.set()
+                await asyncio.wait(
+                    {stop, *running} if more else {stop}, timeout=wait_s, return_when="FIRST_COMPLETED"
+                )
             if more and not stop.done():
                 await asyncio.sleep(GATHER_S)
         if running:
             await asyncio.wait(running, timeout=DRAIN_S)
     finally:
         stop.cancel()
+        rung.cancel()
         for task in list(running):
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def again_and_again(
+    name: str,
+    turn: Callable[[], Awaitable[object]],
+    every_s: float,
+    stopping: asyncio.Event,
+    bell: asyncio.Event | None = None,
+) -> None:
+    """A turn each `every_s` at most, until `stopping` is set; with a bell, only when it has rung. A turn that returns
+    something true has left more to do at once; one that a store fails is followed by another like any."""
+    while not stopping.is_set():
+        if bell is not None:
+            bell.clear()
+        try:
+            if await turn():
+                continue
+        except (SQLAlchemyError, OSError, TimeoutError, DidNotHappen, Unknown) as error:
+            log.warning("waits_for_a_store", loop=name, error=type(error).__name__)
+            if bell is not None:
+                bell.set()
+        await first_of(stopping, None, every_s)
+        if bell is not None:
+            await first_of(stopping, bell)
+
+
+async def first_of(
+    stopping: asyncio.Event, bell: asyncio.Event | None, within_s: float | None = None
+) -> None:
+    """Wait until one of them is set, or for `within_s`."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in (stopping, bell) if event is not None]
+    try:
+        await asyncio.wait(waiting, timeout=within_s, return_when="FIRST_COMPLETED")
+    finally:
+        for one in waiting:
+            one.cancel()

@@ -23,18 +23,18 @@ from typing import Any, Literal, NamedTuple, assert_never
 
 import msgspec
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
-from app.errors import DidNotHappen, Unknown
 from app.ledger import captures, orders, payments, refunds
+from app.ledger.due import Kind
 from app.ledger.engine import alone
 from app.providers.answer import other_may
 from app.providers.guard import GuardedPayment
 from app.providers.payment import AttemptRef, Captured, Link, LinkWanted
 from app.providers.registry import Providers
-from app.purchase.leased import LOOK_EVERY_S, Pace, backoff_s, held, work_off
+from app.purchase.leased import Pace, again_and_again, backoff_s, held, work_off
+from app.purchase.lookout import LOOK_EVERY_S, Lookout
 from app.purchase.paying import attempt, failover
 from app.purchase.paying.evidence import SETTLED, Evidence, take_evidence, weigh_late
 from app.purchase.paying.refund import send_refund
@@ -79,18 +79,22 @@ class Till:
 class _Work(NamedTuple):
     """One kind of due rows of a supplier."""
 
-    name: str
+    name: Kind
     lease: Callable[[AsyncConnection, str, int, float], Awaitable[list[Row]]]
     step: Callable[[Till, GuardedPayment, Row], Awaitable[None]]
     share: int  # a places-th of the places, so that looking at old links never keeps a new buyer from theirs
-    look_every_s: float = LOOK_EVERY_S
     per_s: float | None = (
         None  # so many a second at first, however many are due; None: as many as there are places
     )
 
 
 async def run(
-    engine: AsyncEngine, scripts: Scripts, providers: Providers, settings: Settings, stopping: asyncio.Event
+    engine: AsyncEngine,
+    scripts: Scripts,
+    providers: Providers,
+    settings: Settings,
+    stopping: asyncio.Event,
+    lookout: Lookout,
 ) -> None:
     """Start links, look at those under way, weigh late money, send refunds, until `stopping` is set.
 
@@ -102,22 +106,28 @@ async def run(
         _Work("starts", payments.lease_starts, step, 1),
         _Work("again", payments.lease_again, step, 2, per_s=AGAIN_PER_S),
         _Work("polls", payments.lease_polls, step, 4),
-        _Work("refunds", refunds.lease, _refund, 4, LATE_EVERY_S),
+        _Work("refunds", refunds.lease, _refund, 4),
     )
     async with asyncio.TaskGroup() as group:
         for provider in providers.payment.values():
             for work in works:
                 places = max(1, settings.pay_concurrency // work.share)
-                group.create_task(_work(till, provider, work, places, stopping))
+                group.create_task(_work(till, provider, work, places, stopping, lookout))
             if len(providers.payment) > 1:
                 move_on = partial(failover.move_on, engine, providers, provider)
-                group.create_task(_every(LOOK_EVERY_S, move_on, stopping))
-        group.create_task(_every(ORPHANS_EVERY_S, lambda: failover.adopt(engine, providers), stopping))
-        group.create_task(_every(LATE_EVERY_S, lambda: weigh_late(engine, scripts), stopping))
+                group.create_task(again_and_again("move on", move_on, LOOK_EVERY_S, stopping))
+        adopt, late = partial(failover.adopt, engine, providers), partial(weigh_late, engine, scripts)
+        group.create_task(again_and_again("adopt", adopt, ORPHANS_EVERY_S, stopping))
+        group.create_task(again_and_again("late", late, LATE_EVERY_S, stopping, lookout.bell("late")))
 
 
 async def _work(
-    till: Till, provider: GuardedPayment, work: _Work, places: int, stopping: asyncio.Event
+    till: Till,
+    provider: GuardedPayment,
+    work: _Work,
+    places: int,
+    stopping: asyncio.Event,
+    lookout: Lookout,
 ) -> None:
     pace = None if work.per_s is None else Pace(work.per_s)
 
@@ -139,25 +149,13 @@ async def _work(
         lambda row: work.step(till, provider, row),
         room,
         stopping,
-        look_every_s=work.look_every_s,
+        lookout,
+        lookout.bell(work.name, provider.name),
     )
 
 
 async def _refund(till: Till, provider: GuardedPayment, row: Row) -> None:
     await send_refund(till.engine, provider, row)
-
-
-async def _every(every_s: float, look: Callable[[], Awaitable[object]], stopping: asyncio.Event) -> None:
-    while not stopping.is_set():
-        try:
-            await look()
-        except (SQLAlchemyError, OSError, TimeoutError, DidNotHappen, Unknown) as error:
-            log.warning("pay_waits_for_a_store", error=type(error).__name__)
-        try:
-            async with asyncio.timeout(every_s):
-                await stopping.wait()
-        except TimeoutError:
-            continue
 
 
 # One attempt

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, assert_never
 
 import msgspec
@@ -117,7 +117,7 @@ class Releaser:
     settings: Settings
     clear: Clear
     start_attempt: StartAttempt
-    due: asyncio.Event = field(default_factory=asyncio.Event)  # something was written to the outbox just now
+    wrote: Callable[[], None] = lambda: None  # after something was written to the outbox
 
     # Expiry
 
@@ -150,7 +150,7 @@ class Releaser:
 
         ended = sum(await asyncio.gather(*(one(*pair) for pair in held)))
         if ended:
-            self.due.set()
+            self.wrote()
         return ended
 
     async def _expire_one(self, order_no: str, generation: int) -> bool:
@@ -226,7 +226,7 @@ class Releaser:
             for answer in await self.link.pipeline(give_up):
                 if isinstance(answer, Exception):
                     raise answer
-            self.due.set()
+            self.wrote()
         return len(done)
 
     async def _answer(self, sale: str, ask: Ask, entry: tuple[bytes, Sequence[bytes]]) -> bool:

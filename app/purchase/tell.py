@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, assert_never
 
 import msgspec
 import structlog
 from prometheus_client import Counter
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.answers import Wait
@@ -30,7 +30,8 @@ from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.payment import HookForged
 from app.providers.registry import Providers
 from app.providers.sms import ReportsByToken, ReportsStatus, Sent, Text
-from app.purchase.leased import backoff_s, work_off
+from app.purchase.leased import again_and_again, backoff_s, work_off
+from app.purchase.lookout import Lookout
 from app.scripts import Scripts
 from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
 from app.settings import Settings
@@ -125,7 +126,12 @@ class Teller:
 
 
 async def run(
-    engine: AsyncEngine, scripts: Scripts, providers: Providers, settings: Settings, stopping: asyncio.Event
+    engine: AsyncEngine,
+    scripts: Scripts,
+    providers: Providers,
+    settings: Settings,
+    stopping: asyncio.Event,
+    lookout: Lookout,
 ) -> None:
     """Send due texts until `stopping` is set, and show those on the ticket that nobody takes."""
     limits = Limits(settings.sms_number_per_min, settings.sms_number_per_hour, settings.sms_number_per_day)
@@ -145,26 +151,14 @@ async def run(
                 lambda row: send(teller, row),
                 lambda running: min(places - running, teller.room()),
                 stopping,
+                lookout,
+                lookout.bell("texts"),
             )
         )
-        group.create_task(_every(SWEEP_EVERY_S, lambda: _sweep(engine, settings.sms_ttl_s), stopping))
-        group.create_task(_every(SHOW_EVERY_S, lambda: show(teller), stopping))
-
-
-async def _every(every_s: float, turn: Callable[[], Awaitable[object]], stopping: asyncio.Event) -> None:
-    while not stopping.is_set():
-        more = None
-        try:
-            more = await turn()
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
-            log.warning("sms_rows_wait", error=type(error).__name__)
-        if more:
-            continue
-        try:
-            async with asyncio.timeout(every_s):
-                await stopping.wait()
-        except TimeoutError:
-            continue
+        sweep, shows = partial(_sweep, engine, settings.sms_ttl_s), partial(show, teller)
+        waits, unshown = lookout.bell("text_waits"), lookout.bell("unshown")
+        group.create_task(again_and_again("sweep texts", sweep, SWEEP_EVERY_S, stopping, waits))
+        group.create_task(again_and_again("show texts", shows, SHOW_EVERY_S, stopping, unshown))
 
 
 async def _sweep(engine: AsyncEngine, ttl_s: float) -> None:

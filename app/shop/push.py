@@ -13,13 +13,11 @@ import random
 import ssl
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, assert_never
 
 import msgspec
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.alarm import alert
@@ -27,7 +25,8 @@ from app.breaker import Breaker, Event, Permit, Result, Rules, State
 from app.ledger import deliveries, journal
 from app.ledger.deliveries import Target
 from app.ledger.engine import alone
-from app.purchase.leased import work_off
+from app.purchase.leased import again_and_again, work_off
+from app.purchase.lookout import Lookout
 from app.purchase.told import instant
 from app.sealing import CannotOpen, SealingKey, sealing_keys, unseal, webhook_aad
 from app.settings import Settings
@@ -284,14 +283,20 @@ def verdict(outcome: Outcome) -> tuple[Result, str | None]:
 
 
 async def run(
-    engine: AsyncEngine, settings: Settings, stopping: asyncio.Event, *, tls: ssl.SSLContext | bool = True
+    engine: AsyncEngine,
+    settings: Settings,
+    stopping: asyncio.Event,
+    lookout: Lookout,
+    *,
+    tls: ssl.SSLContext | bool = True,
 ) -> None:
     """Push until `stopping` is set; what has begun is finished."""
     pusher = Pusher(engine, settings, tls)
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_every("spread", pusher.spread, SPREAD_EVERY_S, stopping))
-            group.create_task(_every("sweep", pusher.sweep, SWEEP_EVERY_S, stopping))
+            spread = lookout.bell("spread")
+            group.create_task(again_and_again("spread", pusher.spread, SPREAD_EVERY_S, stopping, spread))
+            group.create_task(again_and_again("sweep deliveries", pusher.sweep, SWEEP_EVERY_S, stopping))
             group.create_task(
                 work_off(
                     "push",
@@ -299,20 +304,9 @@ async def run(
                     pusher.push,
                     lambda running: settings.webhook_concurrency - running,
                     stopping,
+                    lookout,
+                    lookout.bell("deliveries"),
                 )
             )
     finally:
         await pusher.aclose()
-
-
-async def _every(name: str, turn: Any, every_s: float, stopping: asyncio.Event) -> None:
-    while not stopping.is_set():
-        more = False
-        try:
-            more = bool(await turn())
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
-            log.warning("cannot_push", step=name, error=type(error).__name__)
-        if not more:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(every_s):
-                    await stopping.wait()

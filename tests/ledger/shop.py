@@ -23,10 +23,12 @@ from app.ledger.engine import create_engine
 from app.link import Link
 from app.purchase.admit import Admitter
 from app.purchase.confirm import Confirmer, Entry
+from app.purchase.lookout import Lookout
 from app.purchase.release import PayAsk, Releaser
 from app.reconcile import Books, Reconciler, compare
 from app.scripts import Scripts
 from app.settings import Settings
+from app.worker import Health, keep_going
 
 SALE = "drop"
 
@@ -37,6 +39,18 @@ async def until(true: Callable[[], Awaitable[object]], what: str, within_s: floa
     while not await true():
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
         await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def looking_out(engine: AsyncEngine, every_s: float = 0.02) -> AsyncIterator[Lookout]:
+    """The lookout of a worker that is only some of its loops."""
+    lookout, stopping = Lookout(engine, every_s), asyncio.Event()
+    looking = asyncio.create_task(keep_going("lookout", lookout.turn, 0.0, stopping, Health()))
+    try:
+        yield lookout
+    finally:
+        stopping.set()
+        await looking
 
 
 @dataclass

@@ -25,6 +25,7 @@ from app.purchase.release import Releaser
 from app.scripts import Scripts
 from app.sealing import contact_aad, seal, sealing_keys
 from app.settings import Settings
+from tests.ledger.shop import looking_out
 from tests.providers.server import SECRET, Shop, hook_listener, until
 
 SALE, SKU, PRICE = "drop", "PH-128", 19_900
@@ -173,14 +174,15 @@ class Money:
     @contextlib.asynccontextmanager
     async def loops(self) -> AsyncIterator[None]:
         stopping = asyncio.Event()
-        running = asyncio.create_task(
-            pay.run(self.engine, self.scripts, self.providers, self.settings, stopping)
-        )
-        try:
-            yield
-        finally:
-            stopping.set()
-            await running
+        async with looking_out(self.engine) as lookout:
+            running = asyncio.create_task(
+                pay.run(self.engine, self.scripts, self.providers, self.settings, stopping, lookout)
+            )
+            try:
+                yield
+            finally:
+                stopping.set()
+                await running
 
     async def take_hook(self, provider: str, headers: dict[str, str], raw: bytes) -> tuple[int, bytes]:
         if not self.hooks_on:

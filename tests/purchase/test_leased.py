@@ -1,37 +1,91 @@
-"""Looks for due rows: often while there are some, seldom after a while without any."""
+"""Works off due rows when a bell says that there are some."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import time
+import contextlib
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.purchase import leased
+from app.purchase.lookout import Lookout
+from tests.providers.server import until
 
 
-async def test_looks_are_farther_apart_after_a_while_with_nothing_due_until_something_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(leased, "QUIET_LOOKS", 3)
-    monkeypatch.setattr(leased, "REST_TIMES", 100)
-    stopping, looks, handled = asyncio.Event(), [], []
+class Rows:
+    """What is due, in memory, and how often it was asked for."""
 
-    async def lease(_room: int) -> list[str]:
-        looks.append(time.monotonic())
-        if len(looks) == 8:
-            stopping.set()
-        return ["a row"] if len(looks) == 5 else []
+    def __init__(self, *due: str) -> None:
+        self.due, self.asked, self.handled = list(due), 0, list[str]()
+        self.stopping, self.bell = asyncio.Event(), asyncio.Event()
 
-    async def handle(row: str) -> None:
-        handled.append(len(looks))
+    async def lease(self, room: int) -> list[str]:
+        self.asked += 1
+        taken, self.due = self.due[:room], self.due[room:]
+        return taken
 
-    await leased.work_off("rows", lease, handle, lambda _: 10, stopping, look_every_s=0.01)
-    apart_s = [after - before for before, after in itertools.pairwise(looks)]
-    assert apart_s[3] >= 1.0  # the fourth look in a row that found nothing
-    assert handled == [5]
-    assert min(apart_s[4:]) < 1.0  # and then they come soon again
+    async def handle(self, row: str) -> None:
+        self.handled.append(row)
+
+    @contextlib.asynccontextmanager
+    async def at_work(self, room: Callable[[int], int]) -> AsyncIterator[None]:
+        # An engine that is never asked: only `wrote` is used.
+        lookout = Lookout(create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/none"))
+        working = asyncio.create_task(
+            leased.work_off("rows", self.lease, self.handle, room, self.stopping, lookout, self.bell)
+        )
+        try:
+            yield
+        finally:
+            self.stopping.set()
+            await asyncio.wait_for(working, 10)
+
+
+async def test_nothing_is_asked_for_until_the_bell_rings_and_then_all_that_is_due_is_taken() -> None:
+    rows = Rows()
+    async with rows.at_work(lambda running: 2 - running):
+        await asyncio.sleep(0)
+        assert rows.asked == 0
+        rows.due = list("abcde")
+        rows.bell.set()
+        await until(lambda: len(rows.handled) == 5)
+        await until(lambda: not rows.bell.is_set())
+        asked = rows.asked
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert rows.asked == asked
+
+
+async def test_a_bell_that_rings_while_there_is_no_room_is_not_forgotten() -> None:
+    """A breaker is open: rows stay due, nothing is asked for, and once it closes they are taken."""
+    rows, room = Rows("a"), 0
+    async with rows.at_work(lambda _: room):
+        rows.bell.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert rows.asked == 0
+        room = 1
+        await until(lambda: rows.handled == ["a"])
+
+
+async def test_a_look_that_fails_is_made_again_without_a_bell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leased, "DATABASE_DOWN_S", 0.01)
+    rows, failures = Rows("a"), 3
+    lease = rows.lease
+
+    async def fails(room: int) -> list[str]:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise ConnectionRefusedError("no Postgres")
+        return await lease(room)
+
+    rows.lease = fails  # type: ignore[method-assign]
+    async with rows.at_work(lambda _: 10):
+        rows.bell.set()
+        await until(lambda: rows.handled == ["a"])
 
 
 class Clock:

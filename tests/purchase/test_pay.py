@@ -15,6 +15,7 @@ from app.providers import sandbox_wire
 from app.providers.payment import HookRefundFailed
 from app.purchase import leased, pay
 from app.purchase.paying import evidence, hook
+from tests.ledger.shop import looking_out
 from tests.providers.server import SECRET, Shop, until
 from tests.purchase.money import PRICE, Money, money
 
@@ -222,11 +223,13 @@ async def test_an_error_before_anything_was_done_is_repeated_with_the_same_key(t
 async def test_a_worker_killed_in_the_middle_of_a_call_is_recovered_by_query(till: Money) -> None:
     await till.shop.control(payments={"lost_rate": 1, "only": ["create"]})
     number = await till.reserve("ann")
-    stopping = asyncio.Event()
-    worker = asyncio.create_task(pay.run(till.engine, till.scripts, till.providers, till.settings, stopping))
-    await until(lambda: till.shop.state.pays)
-    worker.cancel()  # as kill -9: nothing is written any more
-    await asyncio.gather(worker, return_exceptions=True)
+    async with looking_out(till.engine) as lookout:
+        worker = asyncio.create_task(
+            pay.run(till.engine, till.scripts, till.providers, till.settings, asyncio.Event(), lookout)
+        )
+        await until(lambda: till.shop.state.pays)
+        worker.cancel()  # as kill -9: nothing is written any more
+        await asyncio.gather(worker, return_exceptions=True)
     assert await till.attempts(number) == [("created", None)]
     await till.shop.control(reset=True)
     await till.sql("UPDATE payment_attempt SET leased_until = now()")  # its lease runs out

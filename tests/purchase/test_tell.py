@@ -23,22 +23,25 @@ from app.providers.guard import Guard, GuardedSms, GuardRules
 from app.providers.routes import Routes
 from app.providers.sms import Sent, Text
 from app.purchase import tell
+from app.purchase.lookout import Lookout
 from app.texts import Kind
+from tests.ledger.shop import looking_out
 from tests.providers.server import Shop, sandbox, until
 from tests.purchase.money import Money, money
 
 
 @contextlib.asynccontextmanager
-async def telling(till: Money) -> AsyncIterator[None]:
+async def telling(till: Money) -> AsyncIterator[Lookout]:
     stopping = asyncio.Event()
-    running = asyncio.create_task(
-        tell.run(till.engine, till.scripts, till.providers, till.settings, stopping)
-    )
-    try:
-        yield
-    finally:
-        stopping.set()
-        await running
+    async with looking_out(till.engine) as lookout:
+        running = asyncio.create_task(
+            tell.run(till.engine, till.scripts, till.providers, till.settings, stopping, lookout)
+        )
+        try:
+            yield lookout
+        finally:
+            stopping.set()
+            await running
 
 
 async def due(till: Money, template: str = "reserved", buyer: str = "ann") -> str:
@@ -107,11 +110,16 @@ async def test_an_unknown_result_is_not_repeated(till: Money, monkeypatch: pytes
     monkeypatch.setattr(sms, "lease_due", counted)
     await till.shop.control(sms={"lost_rate": 1})
     await due(till)
-    async with telling(till):
+    async with telling(till) as lookout:
         await becomes(till, "unknown")
         await till.shop.control(reset=True)
         before = len(looks)
-        await until(lambda: len(looks) >= before + 3)
+
+        def looked() -> bool:
+            lookout.ring_all()
+            return len(looks) >= before + 3
+
+        await until(looked)
     assert (await row(till))["state"] == "unknown"
     assert (await till.shop.stats())["calls_send"] == 1
 

@@ -25,7 +25,7 @@ from app.settings import Settings
 from app.shop import push
 from app.shop.push import Pusher
 from clients.python.fairdrop_webhooks import NotOurs, verify
-from tests.ledger.shop import until
+from tests.ledger.shop import looking_out, until
 
 KEY = "11" * 32
 
@@ -117,12 +117,13 @@ async def states(engine: AsyncEngine) -> list[str]:
 @contextlib.asynccontextmanager
 async def pushing(engine: AsyncEngine, settings: Settings) -> AsyncIterator[None]:
     stopping = asyncio.Event()
-    running = asyncio.create_task(push.run(engine, settings, stopping))
-    try:
-        yield
-    finally:
-        stopping.set()
-        await running
+    async with looking_out(engine) as lookout:
+        running = asyncio.create_task(push.run(engine, settings, stopping, lookout))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await running
 
 
 async def push_once(pusher: Pusher, count: int = 100) -> int:

@@ -81,6 +81,7 @@ class Advisor:
     providers: Providers
     admitter: Admitter
     settings: Settings
+    attempts: asyncio.Event | None = None  # rings while some attempt has not ended; None: ask each time
     limits: Limits | None = None  # of every throttle; None: as the settings have them
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     _courses: dict[str, _Course] = field(default_factory=dict)
@@ -114,6 +115,10 @@ class Advisor:
         return bool(holder == self.name.encode())
 
     async def _link_wait_s(self) -> float:
+        if self.attempts is not None:
+            if not self.attempts.is_set():
+                return 0.0
+            self.attempts.clear()
         try:
             async with asyncio.timeout(LOOK_WITHIN_S), alone(self.engine) as conn:
                 return await payments.link_wait_s(conn, QUEUED_MIN)

@@ -11,6 +11,7 @@ there is no SMS, for the change is to the buyer's good, and outages hit thousand
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 import structlog
@@ -43,6 +44,7 @@ class Extender:
     engine: AsyncEngine
     providers: Providers
     settings: Settings
+    seen_out: asyncio.Event | None = None  # rings while some worker sees a supplier out; None: look each time
     _were_out: set[str] = field(default_factory=set)
 
     async def _hasten(self, gone: list[str]) -> None:
@@ -65,10 +67,10 @@ class Extender:
                 alert("payment_outage", "nobody can pay through a supplier", provider=name)
         if not s.pay_extension_s or not s.pay_extension_max_s:
             return False
-        if not gone:
-            async with alone(self.engine) as conn:
-                if not await outages.any_now(conn):  # another worker may see what this one does not
-                    return False
+        if self.seen_out is not None:
+            if not gone and not self.seen_out.is_set():  # another worker may see what this one does not
+                return False
+            self.seen_out.clear()
         all_out = bool(gone) and len(gone) == len(self.providers.payment)
         async with self.engine.begin() as conn:
             rows = await outages.extend(
