@@ -36,7 +36,7 @@ import httpx
 import msgspec
 import psutil
 
-from app.demo import Desk
+from app.demo.desk import Desk
 from app.supervisor import HEALTHY_AFTER_S
 from tests.story.people import instant
 from tests.test_up import PORTS, UpProcess, up
