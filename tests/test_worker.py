@@ -185,7 +185,7 @@ async def test_a_worker_at_rest_asks_postgres_one_question_for_all_its_loops(sho
         await looked(10)  # every loop has looked once by itself
         others.clear()
         await looked(30)
-        assert others.total() <= 2 * 20, others.most_common()
+        assert others.total() <= 4 * 20, others.most_common()  # some 10; one look a loop: 120
 
 
 async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
