@@ -65,7 +65,7 @@ outage: $(MADE_DEV) ## let payment suppliers hang, flap, fail and lie in the mid
 check: $(MADE_DEV) ## static checks only: ruff, format, mypy --strict, import rules, house rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app
+	$(BIN)/mypy app loadtest
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest -q -p no:randomly tests/test_house_rules.py
 
