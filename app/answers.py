@@ -100,9 +100,15 @@ class Taken(Answer, frozen=True):
 
 
 class Removed(Answer, frozen=True):
-    """consumers_remove: so many were gone."""
+    """So many consumers, or entries of claims, are taken off."""
 
     count: int
+
+
+class Counted(Answer, frozen=True):
+    """So many claims are on their way to Postgres."""
+
+    claims_open: int
 
 
 class Wait(Answer, frozen=True):
@@ -135,7 +141,7 @@ class Marked(Answer, frozen=True):
 
 
 class MarkedEach(Answer, frozen=True):
-    """For each ticket of the batch: 1 told and its entry gone, 0 left to ticket_mark."""
+    """For each ticket of the batch: 1 told, 0 left to ticket_mark. An entry all of whose tickets are told is gone."""
 
     done: str
 

@@ -40,10 +40,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app import reading
 from app.errors import DidNotHappen
 from app.keys import SaleKeys
-from app.ledger import books, journal, orders, sales
+from app.ledger import books, journal, sales
 from app.ledger.books import ItemBooks
 from app.ledger.sales import Sale
 from app.link import Link
+from app.purchase.confirm import Claim, Entry, parse
 
 TRIES = 5  # readings until two in a row find Postgres unmoved
 TRY_EVERY_S = 0.05
@@ -85,13 +86,6 @@ class Audit:
     def shown(self) -> dict[str, Any]:
         """As `GET /v1/admin/sales/{sale}/audit` answers it."""
         return {"ok": self.ok, "checks": [check.shown() for check in self.checks]}
-
-
-@dataclass(frozen=True)
-class _Claim:
-    sku: str
-    units: int
-    order_no: str
 
 
 @dataclass
@@ -202,7 +196,7 @@ def _cross_checks(
 @dataclass
 class _Redis:
     items: dict[str, _RedisItem]
-    claims: list[_Claim]
+    claims: list[Claim]
 
 
 async def _read_redis(link: Link, sale: Sale, *, deep: bool) -> _Redis | None:
@@ -234,7 +228,7 @@ async def _read_redis(link: Link, sale: Sale, *, deep: bool) -> _Redis | None:
         raise DidNotHappen(f"Redis holds epoch {int(epoch)} of {sale.id}, Postgres {sale.epoch}")
     last = bytes(newest[0][0]) if newest else b""
     in_flight = (
-        await reading.entries(link, keys.orders, upto=last, count_max=BACKLOG_READ_MAX) if last else []
+        await reading.entries(link, keys.orders, upto=last, pairs_max=BACKLOG_READ_MAX) if last else []
     )
     stock = dict(zip(stock_flat[::2], stock_flat[1::2], strict=True))
     items: dict[str, _RedisItem] = {}
@@ -249,28 +243,19 @@ async def _read_redis(link: Link, sale: Sale, *, deep: bool) -> _Redis | None:
             since = int(await link.call("LLEN", keys.left(item.sku))) - int(left_count)
         items[item.sku] = _RedisItem(int(stock.get(item.sku.encode(), 0)), add, served, since, outcome)
     if deep:
-        for entry in await reading.entries(link, keys.orders, after=last, count_max=BACKLOG_READ_MAX):
-            claim = _claim_of(sale, entry)
-            if claim is not None and claim.sku in items:
+        since_then = await reading.entries(link, keys.orders, after=last, pairs_max=BACKLOG_READ_MAX)
+        for claim in _claims(sale, since_then):
+            if claim.sku in items:
                 items[claim.sku].since += 1
-    return _Redis(items, [claim for entry in in_flight if (claim := _claim_of(sale, entry)) is not None])
+    return _Redis(items, _claims(sale, in_flight))
 
 
-def _claim_of(sale: Sale, entry: Any) -> _Claim | None:
-    """One entry of `orders`; None: of another epoch, or unreadable (confirm will bury it)."""
-    try:
-        _, epoch, sku, seq, units, _, buyer = entry[1][1].split(b"|", 6)
-        if int(epoch) != sale.epoch:
-            return None
-        number = orders.order_no(
-            sale.id, int(epoch), sku.decode(), int(seq), buyer.decode("utf-8", "surrogateescape")
-        )
-        return _Claim(sku.decode(), int(units), number)
-    except (ValueError, IndexError, TypeError):
-        return None
+def _claims(sale: Sale, entries: list[Entry]) -> list[Claim]:
+    """What these entries of `orders` hold; not what is of another epoch, or unreadable (confirm will bury it)."""
+    return [claim for claim in parse(sale.id, entries)[0] if claim.epoch == sale.epoch]
 
 
-async def _in_flight(conn: AsyncConnection, sale: Sale, claims: list[_Claim]) -> dict[str, tuple[int, int]]:
+async def _in_flight(conn: AsyncConnection, sale: Sale, claims: list[Claim]) -> dict[str, tuple[int, int]]:
     """sku → (claims, units) that have no outcome in Postgres' snapshot yet."""
     known = await books.decided(conn, [claim.order_no for claim in claims]) if claims else set()
     found: dict[str, tuple[int, int]] = {}

@@ -16,6 +16,7 @@ Two servers may each believe to be the sale's Redis (a partition). Claims made i
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from prometheus_client import Counter as Count
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app import reading
 from app.answers import (
     Already,
     Fenced,
@@ -41,7 +43,7 @@ from app.ledger.engine import alone, create_engine, sqlstate_of
 from app.ledger.rebuilding import NewEpoch
 from app.ledger.sales import Sale
 from app.link import Link
-from app.purchase.confirm import Confirmer
+from app.purchase.confirm import Confirmer, claims_of, cut
 from app.purchase.told import status_json
 from app.sale.publish import announce, publish_fields
 from app.scripts import Scripts
@@ -162,14 +164,12 @@ async def _shut_and_drain(
                 f"Redis knows epoch {epoch} of {sale_id} and Postgres only {sale.epoch}: this Postgres has lost writes"
             )
     confirmer = Confirmer(engine, link, scripts, settings)
-    drained, after = 0, "-"
-    while True:
-        entries = await link.call("XRANGE", SaleKeys(sale_id).orders, after, "+", "COUNT", PAGE)
-        if not entries:
-            return drained
-        await confirmer.confirm(sale_id, entries, careful=True)  # nobody is told: the fence is shut
-        drained += len(entries)
-        after = f"({entries[-1][0].decode()}"
+    drained = 0
+    async for page in reading.pieces(link, SaleKeys(sale_id).orders, pairs_max=sys.maxsize):
+        for entries in cut(page, PAGE):
+            await confirmer.confirm(sale_id, entries, careful=True)  # nobody is told: the fence is shut
+            drained += claims_of(entries)
+    return drained
 
 
 async def _begin(engine: AsyncEngine, sale_id: str) -> NewEpoch:

@@ -39,7 +39,7 @@ from app.ledger.rebuilding import REBUILDING
 from app.link import Link
 from app.providers.routes import encode
 from app.purchase.admit import Admitter
-from app.purchase.confirm import parse
+from app.purchase.confirm import claims_of, parse
 from app.rebuild import NotNow, rebuild
 from app.sale.publish import announce
 from app.scripts import Scripts
@@ -92,11 +92,21 @@ class ItemBooks:
 
 
 @dataclass(frozen=True)
+class Backlog:
+    """Claims on their way to Postgres: as the scripts count them, and as the entries say."""
+
+    made: int  # ever, in this epoch
+    open: int
+    counted: int | None  # None: the stream moved while it was read
+
+
+@dataclass(frozen=True)
 class Books:
     """A sale compared. open: this Redis is its home, in Postgres' epoch; only then can it give anything away."""
 
     sale: str
     items: tuple[ItemBooks, ...]
+    backlog: Backlog
     open: bool = True
 
     @property
@@ -107,6 +117,7 @@ class Books:
         return {
             "sale": self.sale,
             "agree": self.agree,
+            "backlog": asdict(self.backlog),
             "items": [asdict(item) | {"excess": item.excess, "missing": item.missing} for item in self.items],
         }
 
@@ -116,11 +127,15 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
     async with alone(engine) as conn:
         counts = await course.counts(conn, sale)
     k = SaleKeys(sale)
-    stock, newest, armed = answers = await link.pipeline(
+    counts_of: tuple[tuple[str, ...], ...] = (
+        ("HMGET", k.sale, "claims_made", "claims_open"), ("XLEN", k.orders)
+    )  # fmt: skip
+    stock, newest, armed, *before = answers = await link.pipeline(
         [
             ("HGETALL", k.stock),
             ("XREVRANGE", k.orders, "+", "-", "COUNT", 1),
             ("HMGET", k.sale, "epoch", "home"),
+            *counts_of,
         ]
     )
     for answer in answers:
@@ -129,13 +144,15 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
     upto = (
         newest[0][0] if newest else b"0-0"
     )  # claims as of now: those that come while this reads are not counted
-    entries = await reading.entries(link, k.orders, upto=upto, count_max=BACKLOG_READ_MAX)
     left = {sku.decode(): int(units) for sku, units in zip(stock[::2], stock[1::2], strict=True)}
     claimed: Counter[str] = Counter()
-    for _, fields in entries:
-        parts = fields[1].split(b"|", 5)
-        if len(parts) == 6 and parts[4].isdigit():
-            claimed[parts[2].decode("ascii", "replace")] += int(parts[4])
+    counted = 0
+    async for page in reading.pieces(link, k.orders, upto=upto, pairs_max=BACKLOG_READ_MAX):
+        counted += claims_of(page)
+        for claim in parse(sale, page)[0]:
+            claimed[claim.sku] += claim.units
+    still = counted < BACKLOG_READ_MAX // 2 and await link.pipeline(list(counts_of)) == before
+    made, open_ = (int(value or 0) for value in before[0])
     return Books(
         sale,
         tuple(
@@ -151,6 +168,7 @@ async def compare(engine: AsyncEngine, link: Link, sale: str) -> Books:
             )
             for one in counts
         ),
+        Backlog(made, open_, counted if still else None),
         open=all(armed == [b"%d" % one.epoch, link.home_of(k.sale).encode()] for one in counts),
     )
 
@@ -400,7 +418,7 @@ class Reconciler:
         async with alone(self.engine) as conn:
             told = await course.told(conn, home.sale, home.epoch)
         k = SaleKeys(home.sale)
-        waiting = await reading.entries(self.link, k.orders, count_max=BACKLOG_READ_MAX)
+        waiting = await reading.entries(self.link, k.orders, pairs_max=BACKLOG_READ_MAX)
         claims, _ = parse(home.sale, waiting)
         again = {(claim.sku, claim.seq) for claim in claims}  # told again, once the sale is open
         for at in range(0, len(told.tickets), TICKETS_A_CALL):
@@ -424,6 +442,7 @@ class Reconciler:
         for sale in list(self.admitter.watched):
             books = await compare(self.engine, self.link, sale)
             found.append(books)
+            await self._count_again(sale, books.backlog)
             for item in books.items:
                 # A shut sale gives nothing away, whatever an older Redis thinks it has: that is why it is made anew.
                 excess = item.surely_excess if books.open else 0
@@ -438,6 +457,23 @@ class Reconciler:
                         excess=excess,
                     )
         return found
+
+    async def _count_again(self, sale: str, backlog: Backlog) -> None:
+        """The number of open claims moves with the entries, in the same scripts; if it does not say what they hold,
+        somebody else has written to the stream: it is set right, and a person is called."""
+        watched = self.admitter.watched.get(sale)
+        if backlog.counted is None or backlog.counted == backlog.open or watched is None:
+            return
+        self._call(
+            "claims_miscounted",
+            "the number of claims on their way is not what the stream holds; it is set right",
+            sale,
+            claims=backlog.counted,
+            claims_open=backlog.open,
+        )
+        await self.scripts.claims_count(
+            sale=sale, epoch=watched.epoch, made=backlog.made, open_=backlog.open, counted=backlog.counted
+        )
 
     async def settle(self) -> int:
         """Closed sales in which nothing is left to happen are settled, and forgotten by the front doors."""

@@ -140,9 +140,10 @@ class Stream(msgspec.Struct, tag_field="t", tag="stream", omit_defaults=True, kw
     """orders or asks."""
 
     name: str
-    added: int  # entries ever written
-    length: int
-    pending: int
+    added: int  # claims, or asks, ever written
+    length: int  # claims, or asks, that are left
+    pending: int  # entries in a worker's hands
+    open: int = 0  # claims that are left as the scripts count them
 
 
 class Order(msgspec.Struct, tag_field="t", tag="order", omit_defaults=True, kw_only=True):

@@ -33,6 +33,7 @@ from app.answers import (
     Closed,
     ClosedForGood,
     Conflict,
+    Counted,
     Early,
     Fenced,
     Gone,
@@ -232,6 +233,15 @@ CLAIMS_MARK: Script[Gone | Old | MarkedEach] = Script(
     answers=(Gone, Old),
     words={"MARKED": MarkedEach},
 )
+CLAIMS_REMOVE: Script[Removed] = Script(
+    "claims_remove", keys="sale orders", args="group entries...", answers=(Removed,)
+)
+CLAIMS_COUNT: Script[Gone | Old | Counted] = Script(
+    "claims_count",
+    keys="sale",
+    args="epoch home now_ms made open_ counted",
+    answers=(Gone, Old, Counted),
+)
 ASK_PUT: Script[Gone | Old | Asked | AlreadyAsked | Not] = Script(
     "ask_put",
     keys="sale item outcome status asks",
@@ -345,6 +355,8 @@ FIXED_FIELDS = frozenset(
         "slow_reason",
         "notices",
         "advice_until_ms",
+        "claims_open",
+        "claims_made",
     }
 )
 
@@ -548,25 +560,42 @@ class Scripts:
         sku: str,
         before: bytes,
         behind: bytes,
-        tickets: Sequence[tuple[int, str, bytes]],
+        seqs: Sequence[int],
+        order_nos: Sequence[str],
+        entries: Sequence[tuple[bytes, int]] = (),
         now_ms: int = 0,
     ) -> Gone | Old | MarkedEach:
-        """Tell up to 1000 claimed tickets that their orders are written, and take their entries off the stream.
+        """Tell up to 1000 claimed tickets that their orders are written, and take entries off that are told whole.
 
-        tickets: (seq, order_no, entry id), best as they are in the stream, order numbers of 24 characters. A ticket is
-        told before + order_no + behind: Redis keeps these two once (app/alike.py).
+        seqs: best as they are in the stream; order_nos: of 24 characters, beside them. entries: (id, how many of the
+        next tickets are all of its claims). A ticket is told before + order_no + behind: Redis keeps these two once
+        (app/alike.py).
         """
         k = sale_keys(sale)
-        seqs, numbers, ids = zip(*tickets, strict=True)
         runs = _runs(seqs)
         form = alike.form_of(before, behind)
         return await self._run(
             CLAIMS_MARK,
             (k.sale, k.outcome(sku), k.status, k.orders),
             (
-                *(epoch, self._home(sale), now_ms, sku, GROUP, alike.name_of(form), form, "".join(numbers)),
-                *(len(runs) // 2, *runs, *_runs_of_ids(ids)),
+                *(epoch, self._home(sale), now_ms, sku, GROUP, alike.name_of(form), form, "".join(order_nos)),
+                *(len(runs) // 2, *runs, *_flat(entries)),
             ),
+        )
+
+    async def claims_remove(
+        self, *, sale: str, group: str = GROUP, entries: Sequence[tuple[bytes, int]]
+    ) -> Removed:
+        """Take up to 1000 entries off the stream whose claims are over. entries: (id, claims in it)."""
+        k = sale_keys(sale)
+        return await self._run(CLAIMS_REMOVE, (k.sale, k.orders), (group, *_flat(entries)))
+
+    async def claims_count(
+        self, *, sale: str, epoch: int, made: int, open_: int, counted: int, now_ms: int = 0
+    ) -> Gone | Old | Counted:
+        """Set the number of open claims right, if it and claims_made are what they were when it was counted."""
+        return await self._run(
+            CLAIMS_COUNT, (sale_keys(sale).sale,), (epoch, self._home(sale), now_ms, made, open_, counted)
         )
 
     async def ask_put(
@@ -794,6 +823,10 @@ class Scripts:
         return (k.sale, k.item(sku), k.stock, k.outcome(sku), k.line(sku), k.orders)
 
 
+def _flat(entries: Sequence[tuple[bytes, int]]) -> list[Arg]:
+    return [value for entry in entries for value in entry]
+
+
 def _runs(numbers: Sequence[int]) -> list[int]:
     """[first, length, first, length, …] of numbers that follow each other."""
     starts = [
@@ -802,20 +835,6 @@ def _runs(numbers: Sequence[int]) -> list[int]:
         len(numbers),
     ]
     return [value for begin, end in pairwise(starts) for value in (numbers[begin], end - begin)]
-
-
-def _runs_of_ids(ids: Sequence[bytes]) -> list[Arg]:
-    """[ms, first, length, …] of stream ids `ms-nth`: those of a batch follow each other within a ms."""
-    runs: list[Arg] = []
-    ms, nth, length = b"", 0, 0
-    for entry_id in ids:
-        at, _, of = entry_id.partition(b"-")
-        if at != ms or int(of) != nth + length:
-            if length:
-                runs += (ms, nth, length)
-            ms, nth, length = at, int(of), 0
-        length += 1
-    return [*runs, ms, nth, length]
 
 
 assert FORMAT == 1, "the scripts write format 1"

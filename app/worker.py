@@ -46,7 +46,7 @@ from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
 from app.purchase.admit import Admitter, Course
-from app.purchase.confirm import TOOK, Confirmer, Entry
+from app.purchase.confirm import TOOK, Confirmer, Entry, claims_of, cut
 from app.purchase.degrade.advise import Advisor
 from app.purchase.degrade.extend import Extender
 from app.purchase.leased import first_of
@@ -65,6 +65,7 @@ URGENT_BACKOFF_MAX_S = 0.4
 CLUSTER_READ_EVERY_S = (
     0.02  # between two looks at the streams of sales on a cluster: what a claim waits for at most
 )
+READ_FIRST, READ_MAX = 16, 64  # entries of claims read in one call: one may hold a claim, or hundreds
 ASKS_MAX = 200  # asks of one sale that one look takes
 EVENTS_EVERY_S = 0.2  # between two numbering steps: how stale the shop's feed may be
 EVENTS_MAX = 2_000
@@ -274,12 +275,15 @@ class Streams:
             raise failed[0]  # of several nodes those that answer are served
         return pending
 
-    async def take_over(self, sale: str, idle_ms: int, count: int) -> list[Entry]:
-        """Entries that some consumer has had for longer than idle_ms: it died, or stalls."""
+    async def take_over(
+        self, sale: str, idle_ms: int, count: int, after: bytes = b"0-0"
+    ) -> tuple[list[Entry], bytes]:
+        """Entries that some consumer has had for longer than idle_ms: it died, or stalls. And behind which one to go
+        on; 0-0: there were no more."""
         reply = await self.link.call(
-            "XAUTOCLAIM", self.key(sale), GROUP, self.consumer, idle_ms, "0-0", "COUNT", count
+            "XAUTOCLAIM", self.key(sale), GROUP, self.consumer, idle_ms, after, "COUNT", count
         )
-        return [entry for entry in reply[1] if entry is not None and entry[1] is not None]
+        return [entry for entry in reply[1] if entry is not None and entry[1] is not None], reply[0]
 
     def is_away(self, sale: str) -> bool:
         """Whether the node of a cluster that holds this sale cannot be reached, while another can."""
@@ -291,11 +295,12 @@ class Streams:
 
 @dataclass(eq=False)
 class Batch:
-    """Claims of one sale in hand. `careful`: they may have been written, ask first."""
+    """Claims of one sale in hand. `careful`: they may have been written, ask first. `full`: more wait behind them."""
 
     sale: str
     entries: list[Entry]
     careful: bool = False
+    full: bool = False
     pause_s: float = 0.0  # before they are tried again: their node of a cluster is away
     not_before: float = 0.0  # monotonic s
 
@@ -315,6 +320,10 @@ class ConfirmLoop:
     wrote: Callable[[], None] = lambda: None  # after a batch was confirmed
     working: dict[asyncio.Task[None], Batch] = field(default_factory=dict)
     held: list[Batch] = field(default_factory=list)  # failed, or COMMIT's answer was lost
+    ready: list[Batch] = field(
+        default_factory=list
+    )  # read, and not begun: a read brought more than one batch
+    _count: int = READ_FIRST  # entries asked for at a time: about a batch, if they are like the last ones
 
     async def turn(self) -> bool:
         begun = time.monotonic()
@@ -324,13 +333,11 @@ class ConfirmLoop:
                 self._start(batch)
             else:
                 self.held.append(batch)
-        fresh = await self.streams.read(
-            self._with_room(),
-            self.settings.confirm_batch_max,
-            block_ms=0 if self.working else self.settings.confirm_block_ms,
-        )
-        for sale, entries in fresh.items():
-            self._start(Batch(sale, entries))
+        fresh = await self._read()
+        for sale, (entries, more) in fresh.items():
+            batches = list(cut(entries, self.settings.confirm_batch_max))
+            self.ready += [Batch(sale, batch, full=more or batch is not batches[-1]) for batch in batches]
+        self._begin()
         if not self.working:
             # Nothing came: rest only if the read itself has not waited.
             return time.monotonic() - begun > self.settings.confirm_block_ms / 2000
@@ -343,19 +350,68 @@ class ConfirmLoop:
         self._settle()
         return True
 
+    async def _read(self) -> dict[str, tuple[list[Entry], bool]]:
+        """Claims of sales with room, about a batch of each, and whether there are more.
+
+        Nobody knows how many claims the next entries hold: they are read some at a time, never more than READ_MAX, as
+        many as hold a batch if they are like those before. So small entries make full batches when there are enough of
+        them, and what full ones bring at most fits in memory and does not hold Redis up.
+        """
+        found: dict[str, list[Entry]] = {}
+        full: dict[str, bool] = {}
+        wanting, count = self._with_room(), min(self._count, self.settings.confirm_batch_max)
+        block_ms = 0 if self.working else self.settings.confirm_block_ms
+        while wanting:
+            try:
+                page = await self.streams.read(wanting, count, block_ms=block_ms)
+            except (DidNotHappen, Unknown):
+                if not found:
+                    raise
+                break  # what has been read is in hand; the next turn says so
+            block_ms = 0
+            for sale, entries in page.items():
+                found.setdefault(sale, []).extend(entries)
+                full[sale] = len(entries) >= count
+            fitting = {sale: self._fitting(found[sale]) for sale in page if full[sale]}
+            wanting = [sale for sale, more in fitting.items() if more]
+            count = min((fitting[sale] for sale in wanting), default=0)
+        if found:
+            self._count = max(1, min(self._fitting(entries, empty=True) for entries in found.values()))
+        return {sale: (entries, full[sale]) for sale, entries in found.items()}
+
+    def _fitting(self, entries: Sequence[Entry], *, empty: bool = False) -> int:
+        """How many more entries like these a batch (or an empty one) has room for, as far as one read brings them."""
+        claims = max(1, claims_of(entries))
+        room = self.settings.confirm_batch_max - (0 if empty else claims)
+        return min(READ_MAX, room * len(entries) // claims) if room > 0 else 0
+
     def _with_room(self, among: Iterable[str] | None = None) -> list[str]:
-        """Sales of which more may be read: none of theirs is in trouble, and their last batch was full, so that
-        a second one is not made of the few claims of a quiet minute."""
+        """Sales of which more may be read: none of theirs is in trouble or still to be begun, and their last batch was
+        full, so that a second one is not made of the few claims of a quiet minute."""
         found: list[str] = []
         for sale in self.admitter.watched if among is None else among:
-            mine = [batch for batch in (*self.working.values(), *self.held) if batch.sale == sale]
+            mine = self._batches_of(sale)
             if not mine or (
                 len(mine) < self.settings.confirm_in_flight_max
                 and not any(batch.careful for batch in mine)
-                and len(mine[-1].entries) >= self.settings.confirm_batch_max
+                and all(batch.full for batch in mine)
+                and not any(batch.sale == sale for batch in self.ready)
             ):
                 found.append(sale)
         return found
+
+    def _batches_of(self, sale: str) -> list[Batch]:
+        return [batch for batch in (*self.working.values(), *self.held, *self.ready) if batch.sale == sale]
+
+    def _begin(self) -> None:
+        """Begin what is ready, as far as its sale has room."""
+        ready, self.ready = self.ready, []
+        for batch in ready:
+            under_way = sum(one.sale == batch.sale for one in (*self.working.values(), *self.held))
+            if under_way < self.settings.confirm_in_flight_max:
+                self._start(batch)
+            else:
+                self.ready.append(batch)
 
     def _start(self, batch: Batch) -> None:
         task = asyncio.create_task(self._confirm(batch), name=f"confirm {batch.sale}")
@@ -378,9 +434,14 @@ class ConfirmLoop:
             raise failure
 
     async def finish(self) -> None:
-        """Wait for what is under way; what fails now stays pending, for another worker."""
-        if self.working:
+        """Finish what is in hand; what fails now stays pending, for another worker."""
+        self._begin()
+        while self.working:
             await asyncio.wait(self.working)
+            for task in self.working:
+                task.exception()
+            self.working = {}
+            self._begin()
 
     def drop(self) -> None:
         """Stop at once whatever has not finished."""
@@ -392,15 +453,22 @@ class ConfirmLoop:
         self.streams.forget_missing()
         more = False
         for sale in list(self.admitter.watched):
-            if any(batch.sale == sale for batch in (*self.working.values(), *self.held)):
+            if self._batches_of(sale):
                 continue
-            entries = await self.streams.take_over(
-                sale, self.settings.autoclaim_idle_ms, self.settings.confirm_batch_max
-            )
+            batch_max, after = self.settings.confirm_batch_max, b"0-0"
+            entries: list[Entry] = []
+            while claims_of(entries) < batch_max:
+                page, after = await self.streams.take_over(
+                    sale, self.settings.autoclaim_idle_ms, min(READ_MAX, batch_max), after
+                )
+                entries += page
+                if after == b"0-0":
+                    break
             if entries:
-                _log.info("claims taken over", sale=sale, claims=len(entries))
-                await self.confirmer.confirm(sale, entries, careful=True)
+                _log.info("claims taken over", sale=sale, claims=claims_of(entries))
                 more = True
+            for batch in cut(entries, batch_max):
+                await self.confirmer.confirm(sale, batch, careful=True)
         return more
 
     async def _confirm(self, batch: Batch) -> None:

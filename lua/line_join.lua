@@ -27,10 +27,10 @@
 --     H has a ticket: live with the same body, or ended and not again · X has a live ticket for something else
 --     K closed · Y not open yet · L above the limit · S sold out · F line full · B busy: nothing is stored
 --   old: for each H and X, in their order, 'sku:seq:units' and its byte
--- Law: one live ticket a buyer; seqs are given once, without gaps; a unit leaves `stock` only together with its entry in
+-- Law: one live ticket a buyer; seqs are given once, without gaps; a unit leaves `stock` only together with its claim in
 --   `orders`; at once only while nobody waits. A call whose answers are all refusals or old tickets writes nothing.
--- Cost: 7 reads and at most 6 writes a batch, and one XADD for each new ticket. 4 reads and no table for a batch of which
---   nobody has a ticket and nobody can get one.
+-- Cost: 6 reads and at most 6 writes a batch: all its claims are one entry; and one XADD for each new ticket that waits.
+--   4 reads and no table for a batch of which nobody has a ticket and nobody can get one.
 --@ part sale
 local ITEM, STOCK = KEYS[2], KEYS[3]
 local sku = ARGV[4]
@@ -107,7 +107,7 @@ end
 local LIVE = {w = true, c = true, r = true, p = true}
 
 local backlog_max = tonumber(ARGV[5])
-local backlog = redis.call('XLEN', KEYS[6])
+local backlog = S.claims_open
 local waiting, line_max = redis.call('XLEN', KEYS[5]), tonumber(S.line_max)
 local first = I.next_seq
 local seq, served, left = first, I.served, stock  -- as they will be after this batch
@@ -116,23 +116,21 @@ local early = not open and now < tonumber(S.freeze_ms) and I.early == first - 1
 local again, hashes, chain = ARGV[7], ARGV[8], {}
 
 -- A number that becomes text costs more than all else here (printf of a double): the last digit of a seq comes from a
--- table, the digits before it are made into text once for ten tickets, and all that claims have in common once a batch.
+-- table, the digits before it are made into text once for ten tickets; all that claims have in common is their entry's.
 local DIGIT = {[0] = '0', '1', '2', '3', '4', '5', '6', '7', '8', '9'}
-local prefix, head = sku .. ':', '1|' .. S.epoch .. '|' .. sku .. '|'
-local now_text = string.format('%d', now)
+local prefix = sku .. ':'
 local tens = first < 10 and '' or string.format('%d', math.floor(first / 10))
-local text, tail, units = nil, nil, same_units
+local text, units = nil, same_units
 local each
 if units then
   text = string.format('%d', units)
-  tail = '|' .. text .. '|' .. now_text .. '|'
 else
   each = string.gmatch(ARGV[9], '%d+')
 end
 
 local fresh = {}  -- buyer -> where in tickets their ticket of this batch is
 local tickets, t = {}, 0  -- arguments of HSET
-local claims, c = {}, 0
+local claims, c = {}, 0  -- pairs of their entry: seq:units, buyer
 local places, w = {}, 0  -- arguments of each XADD
 local words = {}
 local reply, r = {'JOINED', now, 0, 0, ''}, 5
@@ -142,7 +140,6 @@ for i = 1, n do
   if each then
     text = each()
     units = tonumber(text)
-    tail = '|' .. text .. '|' .. now_text .. '|'
   end
   local ticket, byte = held[i], byte_of[i]
   local mine = fresh[buyer]
@@ -176,13 +173,14 @@ for i = 1, n do
       word = 'B'
     else
       local digit = DIGIT[seq % 10]
+      local place = tens .. digit .. ':' .. text
       t = t + 2
-      tickets[t - 1], tickets[t] = buyer, prefix .. tens .. digit .. ':' .. text
+      tickets[t - 1], tickets[t] = buyer, prefix .. place
       fresh[buyer] = t
       if claim then
         left, tokens, backlog, served = left - units, tokens - TOKEN, backlog + 1, seq
         c = c + 1
-        claims[c] = head .. tens .. digit .. tail .. buyer
+        claims[2 * c - 1], claims[2 * c] = place, buyer
         word = 'C'
       else
         waiting = waiting + 1
@@ -210,9 +208,6 @@ end
 
 redis.call('HSET', KEYS[7], unpack(tickets))
 redis.call('SETRANGE', KEYS[4], first - 1, string.rep('c', c) .. string.rep('w', w / 2))
-for i = 1, c do
-  redis.call('XADD', KEYS[6], '*', 'c', claims[i])
-end
 for i = 1, w, 2 do
   redis.call('XADD', KEYS[5], places[i], 'b', places[i + 1])
 end
@@ -224,9 +219,11 @@ else
 end
 if c > 0 then
   redis.call('HSET', STOCK, sku, left)
+  redis.call('XADD', KEYS[6], '*', 'c', '1|' .. S.epoch .. '|' .. sku .. '|' .. string.format('%d', now), unpack(claims))
 end
 if open then
-  redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', unlimited and 0 or tokens, 'opened', '1')
+  redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', unlimited and 0 or tokens, 'opened', '1',
+    'claims_open', backlog, 'claims_made', S.claims_made + c)
 else
   redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', tokens)
 end

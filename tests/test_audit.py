@@ -43,7 +43,7 @@ async def claim(office: Office, seq: int, buyer: str = "b5") -> None:
     await office.redis("HINCRBY", PREFIX + "stock", "A", -1)
     await office.redis("SETRANGE", PREFIX + "outcome:A", seq - 1, "c")
     await office.redis("HSET", PREFIX + "item:A", "next_seq", seq + 1, "served", seq)
-    await office.redis("XADD", PREFIX + "orders", "*", "c", f"1|1|A|{seq}|1|1700000000000|{buyer}")
+    await office.redis("XADD", PREFIX + "orders", "*", "c", "1|1|A|1700000000000", f"{seq}:1", buyer)
 
 
 async def broken(office: Office, *, deep: bool = True) -> set[str]:
@@ -93,7 +93,7 @@ REDIS_FAULTS: dict[str, tuple[list[tuple[Any, ...]], set[str]]] = {
         [("SETRANGE", "outcome:A", 5, "c"), ("HINCRBY", "stock", "A", -1)], {"every_claim_decided:A", "units_add_up:A"}
     ),
     "an entry without its claim": (
-        [("XADD", "orders", "*", "c", "1|1|A|9|1|1700000000000|x")], {"every_claim_decided:A", "units_add_up:A"}
+        [("XADD", "orders", "*", "c", "1|1|A|1700000000000", "9:1", "x")], {"every_claim_decided:A", "units_add_up:A"}
     ),
     "a top-up that Postgres does not know of": (
         [("HSET", "item:A", "add:forged", 3), ("HINCRBY", "stock", "A", 3)],

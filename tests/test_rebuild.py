@@ -421,9 +421,9 @@ async def test_claims_written_while_the_epoch_changes_are_all_told_or_all_refuse
     await shop.publish(100)
     for round_ in range(3):
         names = [f"b{round_}-{number}" for number in range(20)]
-        await shop.claim(*names)
-        entries = await shop.read()
-        batches = [entries[at : at + 4] for at in range(0, len(entries), 4)]
+        for at in range(0, len(names), 4):
+            await shop.claim(*names[at : at + 4])
+        batches = [[entry] for entry in await shop.read()]
         await asyncio.gather(
             anew(shop), *(shop.confirmer.confirm(SALE, batch, careful=True) for batch in batches)
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 
-from app import reconcile
+from app import reading, reconcile
 from app.answers import Old, Pulsed
 from app.embedded import Valkey
 from app.ledger import orders, outbox, sales
@@ -72,7 +73,8 @@ async def test_a_redis_whose_log_lost_its_end_since_the_last_pulse_stays_closed(
 ) -> None:
     """A disk that lies about fsync: no pulse is missing, and yet something that Postgres saw told."""
     await shop.publish(10)
-    await shop.claim("ann", "bob")
+    await shop.claim("ann")
+    await shop.claim("bob")
     await shop.reconciler.pulse()
     log = next((valkey.home / "appendonlydir").glob("*.incr.aof"))
     if lost != "order":
@@ -297,3 +299,39 @@ def test_a_returned_unit_that_was_sold_again_before_its_outbox_row_was_closed_al
     assert (item.excess, item.surely_excess) == (1, 0)
     lied = ItemBooks("A", total=1, reserved=1, sold=0, left=1, claimed=0, to_release=0, to_add=0)
     assert (lied.excess, lied.surely_excess) == (1, 1)
+
+
+async def test_a_number_of_open_claims_that_is_not_the_streams_is_set_right_and_a_person_is_called(
+    shop: Shop,
+) -> None:
+    await shop.publish(10)
+    await shop.claim("ann", "bob")
+    await shop.claim("cid")
+    books = await shop.books()
+    assert (books.backlog.made, books.backlog.open, books.backlog.counted) == (3, 3, 3)
+    await shop.link.call("HSET", shop.keys.sale, "claims_open", 50)
+    with structlog.testing.capture_logs() as logs:
+        await shop.reconciler.compare_all()
+    assert [log["alert"] for log in logs if "alert" in log] == ["claims_miscounted"]
+    assert await shop.backlog() == 3
+    with structlog.testing.capture_logs() as logs:
+        await shop.reconciler.compare_all()
+    assert not [log for log in logs if "alert" in log]
+    await shop.confirm()
+    assert await shop.backlog() == 0
+
+
+async def test_a_stream_that_moves_while_it_is_read_is_not_counted(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(10)
+    await shop.claim("ann", "bob")
+    real = reading.pieces
+
+    async def moved(*args: Any, **named: Any) -> Any:
+        async for page in real(*args, **named):
+            await shop.claim("cid")
+            yield page
+
+    monkeypatch.setattr(reading, "pieces", moved)
+    assert (await shop.books()).backlog.counted is None

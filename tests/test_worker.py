@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -27,9 +29,10 @@ from app.errors import DidNotHappen
 from app.keys import GROUP, SaleKeys
 from app.ledger import confirming, orders
 from app.problems import CODES, Problem
-from app.purchase.confirm import Confirmer
+from app.purchase.confirm import Confirmer, claims_of
 from app.reconcile import Reconciler
-from app.worker import Health, Streams, Worker, create_app, keep_going
+from app.settings import Settings
+from app.worker import READ_MAX, ConfirmLoop, Health, Streams, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 
 QUICK: dict[str, Any] = {
@@ -274,7 +277,7 @@ async def test_a_redis_that_restarts_full_is_armed_and_takes_units_back(shop: Sh
 async def test_claims_of_a_dead_worker_are_taken_over(shop: Shop) -> None:
     await shop.publish(20)
     await shop.claim(*[f"b{n}" for n in range(10)])
-    assert len(await shop.read(consumer="dead")) == 10
+    assert claims_of(await shop.read(consumer="dead")) == 10
     async with at_work(shop):
         await reserved(shop, 10)
         assert await shop.pending() == 0
@@ -413,7 +416,7 @@ async def test_a_sale_that_postgres_does_not_know_keeps_its_claims_and_holds_up_
     await shop.link.call("HSET", ghost.sale, *await shop.link.call("HGETALL", shop.keys.sale))
     await shop.link.call("XGROUP", "CREATE", ghost.orders, GROUP, "0", "MKSTREAM")
     await shop.link.call("XGROUP", "CREATE", ghost.asks, GROUP, "0", "MKSTREAM")
-    await shop.link.call("XADD", ghost.orders, "*", "c", "1|1|A|1|1|1700000000000|eve")
+    await shop.link.call("XADD", ghost.orders, "*", "c", "1|1|A|1700000000000", "1:1", "eve")
     await shop.link.call("HSET", "fairdrop:sales", "ghost", b'{"version":1,"ended":false}')
     async with at_work(shop) as worker:
 
@@ -439,10 +442,15 @@ async def test_a_long_line_is_served_no_faster_than_postgres_writes(
         return await real(conn, *rest)
 
     monkeypatch.setattr(confirming, "reserve", slow)
-    soon = datetime.now(UTC) + timedelta(seconds=1)
-    await shop.publish(buyers, state="scheduled", opened_at=None, opens_at=soon, draw_freeze_s=0)
+    later = datetime.now(UTC) + timedelta(
+        minutes=30
+    )  # it opens when everybody is there, however long that takes
+    await shop.publish(buyers, state="scheduled", opened_at=None, opens_at=later, draw_freeze_s=0)
     for first in range(0, buyers, 100):
         await shop.join(*[f"b{first + n}" for n in range(100)])
+    await shop.sql("UPDATE sale SET opens_at = now()")
+    now_ms = int(datetime.now(UTC).timestamp() * 1000)
+    await shop.link.call("HSET", shop.keys.sale, "opens_ms", now_ms, "freeze_ms", now_ms)
     lags: list[int] = []
     busy = 0
     async with at_work(shop, orders_backlog_max=cap, confirm_batch_max=20) as worker:
@@ -475,15 +483,16 @@ async def test_full_batches_of_one_sale_are_confirmed_at_once_and_others_alone(
     async def watched(self: Confirmer, sale: str, entries: Any, **given: Any) -> int:
         nonlocal most, beside_part
         beside_part += any(size < 50 for size in under_way)
-        under_way.append(len(entries))
+        under_way.append(claims_of(entries))
         most = max(most, len(under_way))
         try:
             return await real(self, sale, entries, **given)
         finally:
-            under_way.remove(len(entries))
+            under_way.remove(claims_of(entries))
 
     monkeypatch.setattr(Confirmer, "confirm", watched)
-    await shop.claim(*[f"a{n}" for n in range(500)])
+    for n in range(250):
+        await shop.claim(f"a{n}", f"c{n}")
     async with at_work(shop, confirm_batch_max=50, confirm_in_flight_max=3):
         await reserved(shop, 500)
         for n in range(20):
@@ -494,10 +503,73 @@ async def test_full_batches_of_one_sale_are_confirmed_at_once_and_others_alone(
     assert beside_part == 0  # claims that come one by one wait for the batch before them, and go together
 
 
+@dataclass
+class Queue:
+    """A stream of entries with so many claims each, as the worker reads it, and a confirmer that notes its batches."""
+
+    sizes: list[int]
+    asked: list[int] = field(default_factory=list)
+    at: int = 0
+    in_hand: int = 0
+    most_in_hand: int = 0
+    batches: list[list[Any]] = field(default_factory=list)
+
+    async def read(self, sales: Sequence[str], count: int, *, block_ms: int = 0) -> dict[str, list[Any]]:
+        self.asked.append(count)
+        first = self.at
+        taken = [
+            (b"%d-0" % (first + n), [b"c", b"1|1|A|1", *[b"1:1", b"ann"] * size])
+            for n, size in enumerate(self.sizes[first : first + count])
+        ]
+        self.at += len(taken)
+        self.in_hand += claims_of(taken)
+        self.most_in_hand = max(self.most_in_hand, self.in_hand)
+        return {"s": taken} if taken else {}
+
+    async def confirm(self, sale: str, entries: list[Any], *, careful: bool) -> int:
+        self.batches.append(entries)
+        await asyncio.sleep(0)
+        self.in_hand -= claims_of(entries)
+        return claims_of(entries)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "smallest"),
+    [
+        ([1] * 5_000, 900),  # small entries make full batches where there are enough of them
+        ([7] * 1_000, 900),
+        ([256] * 100, 256),
+        ([1] * 1_000 + [256] * 100, 1),
+        ([1_000] * 20 + [1] * 2_000, 1),
+    ],
+)
+async def test_batches_are_of_claims_whatever_the_entries_hold(sizes: list[int], smallest: int) -> None:
+    queue = Queue(sizes)
+    settings = Settings(
+        env="development", redis_url="redis://127.0.0.1:1", database_url="postgresql://x@127.0.0.1:1/x"
+    )
+    loop = ConfirmLoop(
+        cast(Any, queue), cast(Any, queue), cast(Any, SimpleNamespace(watched={"s": None})), settings
+    )
+    while queue.at < len(sizes) or loop.working or loop.ready:
+        await loop.turn()
+    held = [claims_of(batch) for batch in queue.batches]
+    assert [entry[0] for batch in queue.batches for entry in batch] == [
+        b"%d-0" % n for n in range(len(sizes))
+    ]
+    assert max(held) <= settings.confirm_batch_max
+    assert min(held[:-1]) >= smallest
+    assert max(queue.asked) <= READ_MAX
+    assert (
+        queue.most_in_hand
+        <= READ_MAX * max(sizes) + settings.confirm_in_flight_max * settings.confirm_batch_max
+    )
+
+
 async def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(shop: Shop) -> None:
     await shop.publish(3_000)
-    for batch in range(3):
-        await shop.claim(*[f"b{batch}-{n}" for n in range(1_000)])
+    for batch in range(60):
+        await shop.claim(*[f"b{batch}-{n}" for n in range(50)])
     async with at_work(shop, confirm_batch_max=500):
 
         async def begun() -> bool:

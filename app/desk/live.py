@@ -240,7 +240,7 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
         waiting_outbox = await outbox.backlog(conn)
     keys = SaleKeys(sale_id)
     asked: list[Sequence[str | int]] = [
-        ("TIME",), ("HGETALL", keys.stock), ("XLEN", keys.orders), ("XLEN", keys.asks),
+        ("TIME",), ("HGETALL", keys.stock), ("HGET", keys.sale, "claims_open"), ("XLEN", keys.asks),
         ("HMGET", keys.sale, "advice_until_ms", "slow_milli", "slow_base_milli", "slow_reason", "notices"),
     ]  # fmt: skip
     for item in sale.items:
@@ -254,6 +254,7 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
             raise reply
     (seconds, micros), stock_flat, claims, asks, advice, *rest = replies
     now_ms = int(seconds) * 1000 + int(micros) // 1000
+    claimed = int(claims or 0)
     stock = dict(zip(stock_flat[::2], stock_flat[1::2], strict=True))
 
     def of_state(state: str, sku: str | None = None) -> int:
@@ -308,7 +309,7 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
         "message": sale.message,
         "version": sale.version,
         **total,
-        "claimed": int(claims),
+        "claimed": claimed,
         **{
             name: of_state(name)
             for name in ("reserved", "paid", "expired", "cancelled", "refunding", "refunded")
@@ -326,7 +327,7 @@ async def make(desk: Desk, sale_id: str, watched: _Watched) -> dict[str, Any]:
             "reserved_to_paid": _share(ever_paid, ever_reserved),
         },
         "latency": latency,
-        "backlog": {"orders": int(claims), "asks": int(asks), "outbox": waiting_outbox},
+        "backlog": {"orders": claimed, "asks": int(asks), "outbox": waiting_outbox},
         "items": items,
         "providers": [{**one, "history": one.get("history", [])[-3:]} for one in await breakers(desk)],
         "sms": {"due": 0, "sending": 0, "sent": 0, "failed": 0, "unknown": 0, "dropped": 0, **texts},

@@ -339,4 +339,4 @@ async def _end_page(
 
 
 async def _in_flight(desk: Desk, sale: str) -> int:
-    return int(await desk.link.call("XLEN", SaleKeys(sale).orders))
+    return int(await desk.link.call("HGET", SaleKeys(sale).sale, "claims_open") or 0)

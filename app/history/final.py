@@ -7,13 +7,16 @@ on a moment. `at_rest` waits for that, and says when the stores began to agree.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app import reading
 from app.cluster import open_link
 from app.errors import DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
@@ -22,6 +25,7 @@ from app.ledger import engine as engines
 from app.ledger.whole import whole
 from app.link import Link
 from app.providers.sandbox_ledger import Ledger
+from app.purchase.confirm import claims_of
 from app.record import (
     Attempt,
     Buried,
@@ -167,8 +171,13 @@ async def _read_redis(link: Link, sale_id: str, skus: Sequence[str]) -> _Redis:
         redis.outcome[sku] = (outcome or b"").decode("latin-1").replace("\0", ".")
         redis.left[sku] = [int(seq) for seq in left]
         redis.drawn[sku] = (drawn or b"").hex()
-    for name, key in (("orders", keys.orders), ("asks", keys.asks)):
-        redis.streams.append(await _stream(link, name, key))
+    claims = 0
+    async for page in reading.pieces(link, keys.orders, pairs_max=sys.maxsize):
+        claims += claims_of(page)
+    made, open_ = (int(redis.sale.get(name, 0)) for name in ("claims_made", "claims_open"))
+    orders = await _stream(link, "orders", keys.orders)
+    redis.streams.append(msgspec.structs.replace(orders, added=made, length=claims, open=open_))
+    redis.streams.append(await _stream(link, "asks", keys.asks))
     return redis
 
 

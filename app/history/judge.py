@@ -414,7 +414,9 @@ def queue(h: History, r: Result) -> None:
     if stream is None:
         return
     if stream.length or stream.pending:
-        r.find(f"{stream.length} entries of orders were left, {stream.pending} of them in somebody's hands")
+        r.find(f"{stream.length} claims were left in orders, {stream.pending} entries in somebody's hands")
+    if stream.open != stream.length:
+        r.find(f"{stream.length} claims were left in orders, and the scripts count {stream.open}")
     if h.sale.epoch == 1:
         found = (
             len(set(h.orders) | set(h.refused))
@@ -422,7 +424,7 @@ def queue(h: History, r: Result) -> None:
             - sum(refused.reason == "poison" for refused in h.refused.values())
         )
         if stream.added != found + stream.length:
-            r.find(f"{stream.added} entries were written to orders, {found} came to an end")
+            r.find(f"{stream.added} claims were written to orders, {found} came to an end")
 
 
 def executions(h: History, r: Result) -> None:

@@ -1,7 +1,9 @@
 """Claims become orders: stream → Postgres → status → XACK+XDEL, at least once, so that each claim has one outcome.
 
-The order of steps is the safety: the row is committed before the buyer is told, the buyer is told before the entry is
-given up. A worker that dies anywhere in between leaves the entry pending; whoever takes it over meets the row.
+An entry of the stream holds the claims of one script call; a claim is named by the entry and its place in it, and each
+has an outcome of its own. The order of steps is the safety: the row is committed before the buyer is told, and an entry
+is given up when all its buyers are told. A worker that dies anywhere in between leaves the entry pending; whoever takes
+it over meets the rows.
 
 A batch is written by binary COPY. What COPY cannot say is found out by asking Postgres, the arbiter:
     a row exists            somebody wrote it before: tell its status again, change nothing
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, assert_never
@@ -32,7 +34,7 @@ from app.alarm import alert
 from app.answers import Gone, MarkedEach, Old
 from app.contacts import index_of
 from app.errors import DidNotHappen
-from app.keys import FORMAT, GROUP, SaleKeys
+from app.keys import FORMAT, SaleKeys
 from app.ledger import confirming, orders, payments
 from app.ledger.confirming import Kind, NewOrder, Terms
 from app.ledger.engine import by_hand, passes, sqlstate_of
@@ -44,6 +46,7 @@ from app.settings import Settings
 
 SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
 MARKS_MAX = 500  # tickets told in one call: the server answers others within a millisecond
+REMOVED_MAX = 500  # entries given up in one call
 TRIES_MAX = 5  # Postgres changed under a batch that often: somebody else is at work, the entries stay pending
 
 _FORMAT = b"%d" % FORMAT
@@ -56,9 +59,10 @@ _log = structlog.get_logger("confirm")
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """One entry of `orders`: units that Redis has taken for a ticket."""
+    """Units that Redis has taken for a ticket."""
 
     entry_id: bytes
+    place: int  # in its entry, from 1
     epoch: int
     sku: str
     seq: int
@@ -68,15 +72,21 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     order_no: str
 
     @property
+    def name(self) -> str:
+        """What a dead letter is filed under."""
+        return f"{self.entry_id.decode()}.{self.place}"
+
+    @property
     def buyer_id(self) -> str:
         """As Postgres holds it; UnicodeDecodeError: it is no UTF-8, the claim is poison."""
         return self.buyer.decode()
 
 
 class Bad(NamedTuple):
-    """An entry that is no claim."""
+    """Something in the stream that is no claim. name: of the entry, or of the one claim among others."""
 
     entry_id: bytes
+    name: str
     raw: bytes
     reason: str
 
@@ -84,31 +94,66 @@ class Bad(NamedTuple):
 Entry = tuple[bytes, Sequence[bytes]]
 
 
+def claims_in(entry: Entry) -> int:
+    """How many claims an entry holds, as Redis counts them (`claims_open`): pairs, without the one they share."""
+    return max(0, len(entry[1]) // 2 - 1)
+
+
+def claims_of(entries: Iterable[Entry]) -> int:
+    """How many claims these entries hold."""
+    return sum(map(claims_in, entries))
+
+
+def cut(entries: Iterable[Entry], claims_max: int) -> Iterator[list[Entry]]:
+    """Batches of whole entries with at most so many claims; an entry that holds more is a batch by itself."""
+    batch: list[Entry] = []
+    held = 0
+    for entry in entries:
+        claims = claims_in(entry) or 1
+        if batch and held + claims > claims_max:
+            yield batch
+            batch, held = [], 0
+        batch.append(entry)
+        held += claims
+    if batch:
+        yield batch
+
+
 def parse(sale: str, entries: Iterable[Entry]) -> tuple[list[Claim], list[Bad]]:
-    """Stream entries of format 1: `1|epoch|sku|seq|units|claimed_ms|buyer_id`; the buyer_id may hold anything."""
-    read: list[tuple[bytes, int, int]] = []
+    """Stream entries of format 1: `c` = `1|epoch|sku|claimed_ms`, then `seq:units` = buyer_id for each claim.
+
+    The buyer_id may hold anything. What is wrong with one claim leaves the others of its entry what they are.
+    """
+    read: list[tuple[bytes, int, int, int]] = []
     named: list[tuple[int, str, int, bytes]] = []
     bad: list[Bad] = []
     for entry_id, fields in entries:
-        raw = b""
+        shared = b""
         try:
-            kind, raw = fields
-            form, epoch, sku, seq, units, claimed_ms, buyer = raw.split(b"|", 6)
-            name = int(epoch), sku.decode("ascii"), int(seq), buyer
-            rest = entry_id, int(units), int(claimed_ms)
+            kind, shared, *claims = fields
+            form, of_epoch, of_sku, of_ms = shared.split(b"|")
+            epoch, sku, claimed_ms = int(of_epoch), of_sku.decode("ascii"), int(of_ms)
         except ValueError:
-            bad.append(Bad(entry_id, raw, "shape"))
+            bad.append(Bad(entry_id, entry_id.decode(), shared, "shape"))
             continue
-        if kind != b"c" or form != _FORMAT:
-            bad.append(Bad(entry_id, raw, "format"))
-        elif not (0 < name[2] <= SEQ_MAX and rest[1] > 0 and buyer):
-            bad.append(Bad(entry_id, raw, "range"))
-        else:
-            read.append(rest)
-            named.append(name)
+        if kind != b"c" or form != _FORMAT or not claims or len(claims) % 2:
+            bad.append(Bad(entry_id, entry_id.decode(), shared, "format"))
+            continue
+        for place, (ticket, buyer) in enumerate(zip(claims[::2], claims[1::2], strict=True), 1):
+            of_seq, _, of_units = ticket.partition(b":")
+            try:
+                seq, units = int(of_seq), int(of_units)
+            except ValueError:
+                seq, units = 0, 0
+            if 0 < seq <= SEQ_MAX and units > 0 and buyer:
+                read.append((entry_id, place, units, claimed_ms))
+                named.append((epoch, sku, seq, buyer))
+            else:
+                name = f"{entry_id.decode()}.{place}"
+                bad.append(Bad(entry_id, name, b"%b|%b=%b" % (shared, ticket, buyer), "range"))
     return [
-        Claim(entry_id, epoch, sku, seq, units, claimed_ms, buyer, no)
-        for (entry_id, units, claimed_ms), (epoch, sku, seq, buyer), no in zip(
+        Claim(entry_id, place, epoch, sku, seq, units, claimed_ms, buyer, no)
+        for (entry_id, place, units, claimed_ms), (epoch, sku, seq, buyer), no in zip(
             read, named, orders.order_nos(sale, named), strict=True
         )
     ], bad
@@ -151,11 +196,13 @@ class Confirmer:
         self._keys = sealing_keys(self.settings.pii_keys.get_secret_value())
 
     async def confirm(self, sale: str, entries: Iterable[Entry], *, careful: bool = False) -> int:
-        """Give every entry its outcome and take it off the stream. Returns how many entries are done.
+        """Give every claim its outcome and take the entries off the stream. Returns how many claims are done.
 
         careful: the batch may have been written before (redelivered, or COMMIT's answer was lost): ask first.
         Raises what `passes` (no Postgres, no Redis): nothing is acknowledged; call again with the same entries.
         """
+        entries = list(entries)
+        sizes = {entry[0]: claims_in(entry) for entry in entries}
         claims, bad = parse(sale, entries)
         for one in bad:
             await self._bury_bad(sale, one)
@@ -171,10 +218,9 @@ class Confirmer:
         await self._forget(
             sale, [c.buyer for c in claims if c.buyer in contacts and told[c.order_no].outcome in IN_A_ROW]
         )
-        held = await self._tell(
-            sale, [(claim, told[claim.order_no]) for claim in claims], [one.entry_id for one in bad]
-        )
-        return len(claims) + len(bad) - held
+        held = await self._tell(sale, [(claim, told[claim.order_no]) for claim in claims], sizes)
+        named = [claim.entry_id for claim in claims] + [one.entry_id for one in bad]
+        return sum(entry_id not in held for entry_id in named)
 
     async def _contacts(self, sale: str, claims: Sequence[Claim]) -> dict[bytes, bytes]:
         """Sealed contacts that buyers gave with their passes: they move from Redis into the row."""
@@ -219,7 +265,7 @@ class Confirmer:
     async def _arbitrate_or_split(
         self, sale: str, claims: Sequence[Claim], contacts: dict[bytes, bytes]
     ) -> dict[str, Told]:
-        """Ask Postgres about each claim; halve the batch around an entry that no statement can hold."""
+        """Ask Postgres about each claim; halve the batch around a claim that no statement can hold."""
         lack, copy = False, True
         for _ in range(TRIES_MAX):
             try:
@@ -348,10 +394,10 @@ class Confirmer:
         return told
 
     def _too_many(self, claims: Sequence[Claim], terms: Terms) -> list[Claim]:
-        """Those that do not fit. Entries are in service order (rank by rank), so the lowest ranks are kept."""
+        """Those that do not fit. Claims are in service order (rank by rank), so the lowest ranks are kept."""
         free = {sku: item.free for sku, item in terms.items.items()}
         out: list[Claim] = []
-        for claim in sorted(claims, key=lambda one: _entry_order(one.entry_id)):
+        for claim in sorted(claims, key=_service_order):
             if claim.units <= free[claim.sku]:
                 free[claim.sku] -= claim.units
             else:
@@ -439,7 +485,7 @@ class Confirmer:
         )
 
     async def _bury(self, sale: str, claim: Claim, error: BaseException) -> Told:
-        """One entry that no statement can hold: kept for a person, its units released, unless it has a row."""
+        """One claim that no statement can hold: kept for a person, its units released, unless it has a row."""
         async with self.engine.begin() as conn:
             if found := await self._before(conn, [claim.order_no]):
                 return found[claim.order_no]
@@ -448,7 +494,7 @@ class Confirmer:
                 "entry_id": claim.entry_id.decode(),
                 "buyer": repr(claim.buyer),
             }
-            await confirming.bury(conn, sale, "orders", claim.entry_id.decode(), entry, reason)
+            await confirming.bury(conn, sale, "orders", claim.name, entry, reason)
             terms = await confirming.terms(conn, sale)
             # Of no item, or of an epoch that is over: Redis has nothing that could be told or get units back.
             here = terms is not None and _current(terms, claim)
@@ -459,49 +505,51 @@ class Confirmer:
         return Told("poison")
 
     async def _bury_bad(self, sale: str, bad: Bad) -> None:
-        """An entry that is no claim: nothing is known that could be released."""
+        """What is no claim: nothing is known that could be released."""
         async with self.engine.begin() as conn:
-            buried = await confirming.bury(
-                conn, sale, "orders", bad.entry_id.decode(), {"raw": repr(bad.raw)}, bad.reason
-            )
+            buried = await confirming.bury(conn, sale, "orders", bad.name, {"raw": repr(bad.raw)}, bad.reason)
         if buried:
             alert(
                 "poison",
-                "an entry of orders is no claim and is in dead_letter",
+                "something in orders is no claim and is in dead_letter",
                 sale=sale,
-                entry=bad.entry_id.decode(),
+                entry=bad.name,
             )
 
     # Redis
 
-    async def _tell(self, sale: str, marks: Sequence[tuple[Claim, Told]], left: list[bytes]) -> int:
-        """Publish every status and give up every entry, none before its ticket was told. Returns how many are held.
+    async def _tell(
+        self, sale: str, marks: Sequence[tuple[Claim, Told]], sizes: Mapping[bytes, int]
+    ) -> set[bytes]:
+        """Publish every status and give up every entry, none before its tickets were told. Returns those held.
 
-        left: further entries that have had their outcome and have nobody to tell.
+        sizes: of every entry of the batch, how many claims it holds; some may hold nothing that is to be told.
         A Redis that restarted and is not armed again answers OLD: its entries wait until it is. OLD for an epoch that
         Postgres has left behind is final.
         """
-        one_by_one, old = await self._tell_together(sale, marks)
+        one_by_one, old, gone = await self._tell_together(sale, marks, sizes)
         old += await self.mark(sale, [pair for pair in one_by_one if pair[1].byte])
         held: set[bytes] = set()
         if old:
             async with self.engine.connect() as conn:
                 terms = await confirming.terms(conn, sale)
             held = {claim.entry_id for claim in old if terms is not None and _current(terms, claim)}
-        over = {claim.entry_id for claim, _ in one_by_one} | {claim.entry_id for claim in old}
-        await self._acknowledge(sale, [*left, *(over - held)])
-        return len(held)
+        await self._acknowledge(
+            sale, {one: claims for one, claims in sizes.items() if one not in gone and one not in held}
+        )
+        return held
 
     async def _tell_together(
-        self, sale: str, marks: Sequence[tuple[Claim, Told]]
-    ) -> tuple[list[tuple[Claim, Told]], list[Claim]]:
-        """Tickets whose rows are as new: by the hundred, their entries given up in the same step.
+        self, sale: str, marks: Sequence[tuple[Claim, Told]], sizes: Mapping[bytes, int]
+    ) -> tuple[list[tuple[Claim, Told]], list[Claim], set[bytes]]:
+        """Tickets whose rows are as new: by the hundred, whole entries given up in the same step.
 
         Returns what that leaves alone (somebody told the ticket something else, or its row has changed, or there are
-        several entries of it), and the claims that Redis refused as OLD.
+        several claims for it), the claims that Redis refused as OLD, and the entries that are given up.
         """
         rest: list[tuple[Claim, Told]] = []
         old: list[Claim] = []
+        gone: set[bytes] = set()
         alike: dict[tuple[Any, ...], dict[int, tuple[Claim, Told]]] = {}
         groups: dict[
             int, dict[int, tuple[Claim, Told]]
@@ -518,8 +566,8 @@ class Confirmer:
             if group.setdefault(claim.seq, pair) is not pair:
                 rest.append(pair)
 
-        async def tell(part: list[tuple[Claim, Told]]) -> None:
-            first, what = part[0]
+        async def tell(part: Part) -> None:
+            first, what = part.pairs[0]
             assert what.behind is not None
             try:
                 answer = await self.scripts.claims_mark(
@@ -528,30 +576,34 @@ class Confirmer:
                     sku=first.sku,
                     before=what.before,
                     behind=what.behind,
-                    tickets=[(claim.seq, claim.order_no, claim.entry_id) for claim, _ in part],
+                    seqs=[claim.seq for claim, _ in part.pairs],
+                    order_nos=[claim.order_no for claim, _ in part.pairs],
+                    entries=part.whole,
                 )
             except DidNotHappen:
-                rest.extend(part)  # memory is full: ticket_mark may run all the same
+                rest.extend(part.pairs)  # memory is full: ticket_mark may run all the same
                 return
             match answer:
                 case MarkedEach():
-                    if "0" in answer.done:
-                        rest.extend(pair for pair, done in zip(part, answer.done, strict=True) if done == "0")
+                    left = (
+                        [pair for pair, done in zip(part.pairs, answer.done, strict=True) if done == "0"]
+                        if "0" in answer.done
+                        else []
+                    )
+                    rest.extend(left)
+                    gone.update({entry for entry, _ in part.whole} - {claim.entry_id for claim, _ in left})
                 case Old():
-                    old.extend(claim for claim, _ in part)
+                    old.extend(claim for claim, _ in part.pairs)
                 case Gone():
-                    rest.extend(
-                        (claim, Told(what.outcome)) for claim, what in part
-                    )  # there is nobody to tell
+                    # there is nobody to tell
+                    rest.extend((claim, Told(what.outcome)) for claim, what in part.pairs)
                 case _:
                     assert_never(answer)
 
-        parts: list[list[tuple[Claim, Told]]] = []
-        for group in alike.values():
-            fresh = list(group.values())
-            parts += [fresh[first : first + MARKS_MAX] for first in range(0, len(fresh), MARKS_MAX)]
-        await asyncio.gather(*map(tell, parts))
-        return rest, old
+        await asyncio.gather(
+            *(tell(part) for group in alike.values() for part in _parts(list(group.values()), sizes))
+        )
+        return rest, old, gone
 
     async def mark(self, sale: str, marks: Sequence[tuple[Claim, Told]]) -> list[Claim]:
         """Tell each ticket what its row says; returns the claims that Redis refused as OLD."""
@@ -577,17 +629,43 @@ class Confirmer:
         if buyers:
             await self.link.call("HDEL", SaleKeys(sale).contact, *buyers)
 
-    async def _acknowledge(self, sale: str, done: Sequence[bytes]) -> None:
-        """Give the entries up, in one MULTI: XLEN is the backlog."""
-        if not done:
-            return
-        key = SaleKeys(sale).orders
-        answers = await self.link.pipeline(
-            [("MULTI",), ("XACK", key, GROUP, *done), ("XDEL", key, *done), ("EXEC",)]
-        )
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
+    async def _acknowledge(self, sale: str, over: Mapping[bytes, int]) -> None:
+        """Give entries up all of whose claims are over. over: how many claims each holds."""
+        entries = list(over.items())
+        for first in range(0, len(entries), REMOVED_MAX):
+            await self.scripts.claims_remove(sale=sale, entries=entries[first : first + REMOVED_MAX])
+
+
+class Part(NamedTuple):
+    """Tickets told in one call: first those of entries that are told whole, as (id, claims), then all others."""
+
+    pairs: list[tuple[Claim, Told]]
+    whole: list[tuple[bytes, int]]
+
+
+def _parts(pairs: Sequence[tuple[Claim, Told]], sizes: Mapping[bytes, int]) -> Iterator[Part]:
+    """Tickets that are told alike, MARKS_MAX a call; an entry is not cut, so that it can go in the same step."""
+    of_entry: dict[bytes, list[tuple[Claim, Told]]] = {}
+    for pair in pairs:
+        of_entry.setdefault(pair[0].entry_id, []).append(pair)
+    loose: list[tuple[Claim, Told]] = []
+    part = Part([], [])
+    for entry_id, mine in of_entry.items():
+        if len(mine) != sizes[entry_id]:
+            loose += mine  # the others of its claims are told something else, or are none
+            continue
+        if part.pairs and len(part.pairs) + len(mine) > MARKS_MAX:
+            yield part
+            part = Part([], [])
+        part.pairs.extend(mine)
+        part.whole.append((entry_id, len(mine)))
+    for pair in loose:
+        if len(part.pairs) >= MARKS_MAX:
+            yield part
+            part = Part([], [])
+        part.pairs.append(pair)
+    if part.pairs:
+        yield part
 
 
 def _reserved(order: NewOrder, terms: Terms) -> Told:
@@ -617,6 +695,6 @@ def _current(terms: Terms, claim: Claim) -> bool:
     return item is not None and item.epoch == claim.epoch
 
 
-def _entry_order(entry_id: bytes) -> tuple[int, int]:
-    ms, _, nth = entry_id.partition(b"-")
-    return int(ms), int(nth or 0)
+def _service_order(claim: Claim) -> tuple[int, int, int]:
+    ms, _, nth = claim.entry_id.partition(b"-")
+    return int(ms), int(nth or 0), claim.place

@@ -479,7 +479,7 @@ class Snapshots:
         now_ms = self.now_ms()
         at = 2
         for view in watched:
-            width = 3 + 2 * len(view.order)
+            width = 2 + 2 * len(view.order)
             self._take(view.id, replies[at : at + width], now_ms)
             at += width
         if listed:
@@ -492,7 +492,7 @@ class Snapshots:
 
     def _commands(self, view: SaleView) -> list[Sequence[Any]]:
         of = view.keys
-        asked: list[Sequence[Any]] = [("HGETALL", of.sale), ("HGETALL", of.stock), ("XLEN", of.orders)]
+        asked: list[Sequence[Any]] = [("HGETALL", of.sale), ("HGETALL", of.stock)]
         for item in view.order:
             asked.append(("HMGET", of.item(item.sku), *_ITEM_FIELDS))
             asked.append(("LRANGE", of.left(item.sku), item.left.read, item.left.read + LEFT_READ_MAX - 1))
@@ -517,8 +517,8 @@ class Snapshots:
                 return
             stock = _pairs(replies[1])
             view.take(sale, now_ms)
-            view.backlog = int(replies[2])
-            for item, fields, left in zip(view.order, replies[3::2], replies[4::2], strict=True):
+            view.backlog = _int(sale.get(b"claims_open"))
+            for item, fields, left in zip(view.order, replies[2::2], replies[3::2], strict=True):
                 item.units_left = _int(stock.get(item.sku.encode()))
                 item.take(fields, now_ms)
                 for seq in left:
@@ -582,7 +582,7 @@ class Snapshots:
                 now_ms = self.now_ms()
                 at = 0
                 for view in fresh:
-                    width = 3 + 2 * len(view.order)
+                    width = 2 + 2 * len(view.order)
                     self._views[view.id] = view
                     self.lost.discard(view.id)
                     self._take(view.id, replies[at : at + width], now_ms)

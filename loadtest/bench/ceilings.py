@@ -105,7 +105,7 @@ async def _round(
         return f"wrk saw errors: {wrong}"
     answers = told["answers"]
     if joins:
-        claims = await door.shop.link.call("XLEN", SaleKeys("claims").orders)
+        claims = int(await door.shop.link.call("HGET", SaleKeys("claims").sale, "claims_open"))
         if told["used"] > len(requests) or not answers <= claims <= answers + CONNECTIONS:
             return f"{answers} answers, {claims} claims, {told['used']} of {len(requests)} requests used"
     if subject.after is not None:

@@ -17,7 +17,7 @@ import hashlib
 import os
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -170,7 +170,7 @@ class Bench:
             await self.confirmer._write(SALE, batch, {}, careful=False)
         took = self.end()
         for batch in work:  # nothing may stay pending: it would keep the stream from being trimmed
-            await self.confirmer._acknowledge(SALE, [claim.entry_id for claim in batch])
+            await self.confirmer._acknowledge(SALE, Counter(claim.entry_id for claim in batch))
         return took
 
     async def alone(self, batches: int, size: int) -> float:

@@ -269,7 +269,13 @@ class Shopfront:
 
     async def forget_orders(self, sale: str) -> None:
         """Empty the stream of claims: without a worker it would only grow."""
-        await self.link.call("XTRIM", SaleKeys(sale).orders, "MAXLEN", 0)
+        of = SaleKeys(sale)
+        replies = await self.link.pipeline(
+            [("MULTI",), ("XTRIM", of.orders, "MAXLEN", 0), ("HSET", of.sale, "claims_open", 0), ("EXEC",)]
+        )
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
 
     async def _announce(self, sale: str) -> None:
         told = json.dumps({"version": self.versions[sale], "ended": False})

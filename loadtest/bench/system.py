@@ -26,7 +26,7 @@ from loadtest.run import servers
 
 SETTLE_WITHIN_S = 60.0
 UNITS = 1_000_000  # the most that an item may have
-LOOK_EVERY_S = 0.05  # between two looks at the stream: 20 XLEN a second are nothing beside the load
+LOOK_EVERY_S = 0.05  # between two looks at the stream: 20 HGET a second are nothing beside the load
 ROUNDS_MAX = 3  # each waits until Postgres has everything
 
 
@@ -67,7 +67,7 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
     await link.start()
     orders = SaleKeys(sale.id).orders
 
-    backlog = Backlog(link, orders)
+    backlog = Backlog(link, SaleKeys(sale.id).sale)
 
     async def ready() -> None:
         backlog.begin()
@@ -117,8 +117,8 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
             f"{max(course.values('others_share')):.0%}",
         ])  # fmt: skip
     waiting = Sheet(
-        "The stream of claims meanwhile: what confirm is behind while the line is served at full speed",
-        ["most claims in the stream", "s until it was empty, after the last answer"],
+        "Claims on their way meanwhile: what confirm is behind while the line is served at full speed",
+        ["most claims on their way", "s until there were none, after the last answer"],
     )
     if backlog.most:
         waiting.rows.append([spread(backlog.most), spread(backlog.drained_s, 2)])
@@ -126,18 +126,18 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
 
 
 class Backlog:
-    """The length of the stream of claims, round by round."""
+    """The claims on their way to Postgres, round by round."""
 
-    def __init__(self, link: Link, stream: str) -> None:
+    def __init__(self, link: Link, sale: str) -> None:
         self._link = link
-        self._stream = stream
+        self._sale = sale
         self._now = 0
         self.most: list[float] = []
         self.drained_s: list[float] = []
 
     async def watch(self) -> None:
         while True:
-            self._now = max(self._now, int(await self._link.call("XLEN", self._stream)))
+            self._now = max(self._now, int(await self._link.call("HGET", self._sale, "claims_open") or 0))
             await asyncio.sleep(LOOK_EVERY_S)
 
     def begin(self) -> None:

@@ -27,5 +27,5 @@ local function make_sale(from)
   end
   redis.call('HSET', KEYS[1], unpack(ARGV, from))
   redis.call('HSET', KEYS[1], 'fmt', 1, 'epoch', ARGV[1], 'home', ARGV[2], 'seed_hash', ARGV[5], 'last_ms', now,
-    'tokens_micro', burst * 1000000, 'opened', 0)
+    'tokens_micro', burst * 1000000, 'opened', 0, 'claims_open', 0, 'claims_made', 0)
 end

@@ -2,20 +2,19 @@
 --
 -- Uses KEYS[1] sale. Needs ITEM, STOCK, OUTCOME, LINE, ORDERS (keys), `sku`, parts sale, tokens, item, draw. Gives serve_plan(units, n, key, work_max, backlog_max) -> P, serve_apply(P).
 -- P: served, stock, tokens, claimed (count), busy, changed, and what to write.
--- Law: ranks in order, each once; one token a ticket; a unit leaves `stock` only together with its entry in `orders`.
+-- Law: ranks in order, each once; one token a ticket; a unit leaves `stock` only together with its claim in `orders`.
 --   A ticket that left is passed without a token; one that cannot be filled whole is sold out and the next is tried.
 --   Without standby, stock 0 makes everyone unserved sold out (dead_seq). With standby served stops there.
--- Cost: O(work_max): a read and a permutation for each drawn rank, one read for all later ones; one XADD a claim.
+-- Cost: O(work_max): a read and a permutation for each drawn rank, one read for all later ones; all claims are one entry.
 local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
   local P = {served = I.served, stock = units_left, tokens = tokens, claimed = 0, busy = false, dead = false,
-    payloads = {}, sets = {}, gone = {}, trim = false}
+    claims = {}, sets = {}, gone = {}, trim = false}
   local last = I.next_seq - 1
-  local room = backlog_max - redis.call('XLEN', ORDERS)
+  local room = backlog_max - S.claims_open
   local work, stop, D = 0, false, nil
   local sets, gone = P.sets, P.gone  -- arguments of BITFIELD, ids that leave the line
 
   -- A number that becomes text costs more than all else here (printf of a double): each is made into text once.
-  local head, tail = '1|' .. S.epoch .. '|' .. sku .. '|', '|' .. string.format('%d', now) .. '|'
   local limited = not unlimited
   local function reach(seq, digits, b)  -- decide about the ticket at the next rank: true = served or closed, false = stop before it
     local count = string.match(b, '^%d+')
@@ -34,7 +33,7 @@ local function serve_plan(units_left, drawn_n, drawn_key, work_max, backlog_max)
     else
       P.stock, P.tokens, room, P.claimed = P.stock - units, P.tokens - TOKEN, room - 1, P.claimed + 1
       byte = '99'
-      P.payloads[P.claimed] = head .. digits .. '|' .. count .. tail .. string.sub(b, #count + 2)
+      P.claims[2 * P.claimed - 1], P.claims[2 * P.claimed] = digits .. ':' .. count, string.sub(b, #count + 2)
     end
     local at = #sets
     sets[at + 1], sets[at + 2], sets[at + 3], sets[at + 4] = 'SET', 'u8', string.format('#%d', seq - 1), byte
@@ -100,9 +99,6 @@ local function serve_apply(P)
   for first = 1, #P.sets, 4000 do  -- unpack has a limit of 8,000 values
     redis.call('BITFIELD', OUTCOME, unpack(P.sets, first, math.min(first + 3999, #P.sets)))
   end
-  for i = 1, P.claimed do
-    redis.call('XADD', ORDERS, '*', 'c', P.payloads[i])
-  end
   if P.dead then
     redis.call('UNLINK', LINE)
     redis.call('HSET', ITEM, 'served', P.served, 'dead_seq', P.served)
@@ -116,6 +112,8 @@ local function serve_apply(P)
   end
   if P.claimed > 0 then
     redis.call('HSET', STOCK, sku, P.stock)
+    redis.call('XADD', ORDERS, '*', 'c', '1|' .. S.epoch .. '|' .. sku .. '|' .. string.format('%d', now), unpack(P.claims))
   end
-  redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', P.tokens, 'opened', '1')
+  redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', P.tokens, 'opened', '1',
+    'claims_open', S.claims_open + P.claimed, 'claims_made', S.claims_made + P.claimed)
 end

@@ -183,6 +183,7 @@ PLANS: dict[str, Plan] = {
             frozenset({"queue", "set"}),
             ("maxlen",),
             units=12,
+            rate_per_s=8.0,  # so that they are served in several calls: each is an entry
             buyers=lambda dice: people(dice, 16, early=0.9),
             points={"worker": "confirm.after_read:sleep=1"},
             open_for_s=3.0,

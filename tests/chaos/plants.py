@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def ack_before_commit() -> None:
     real = Confirmer._write
 
     async def hasty(self: Confirmer, sale: str, claims: Sequence[Claim], *args: Any, **kwargs: Any) -> Any:
-        await self._acknowledge(sale, [claim.entry_id for claim in claims])
+        await self._acknowledge(sale, Counter(claim.entry_id for claim in claims))
         return await real(self, sale, claims, *args, **kwargs)
 
     Confirmer._write = hasty  # type: ignore[method-assign]
@@ -111,11 +112,11 @@ def maxlen() -> None:
     """The order stream is kept short."""
     lua(
         ["line_join"],
-        ("redis.call('XADD', KEYS[6], '*'", "redis.call('XADD', KEYS[6], 'MAXLEN', '=', '3', '*'"),
+        ("redis.call('XADD', KEYS[6], '*'", "redis.call('XADD', KEYS[6], 'MAXLEN', '=', '1', '*'"),
     )
     lua(
         ["line_advance", "units_release"],
-        ("redis.call('XADD', ORDERS, '*'", "redis.call('XADD', ORDERS, 'MAXLEN', '=', '3', '*'"),
+        ("redis.call('XADD', ORDERS, '*'", "redis.call('XADD', ORDERS, 'MAXLEN', '=', '1', '*'"),
     )
 
 
@@ -215,8 +216,7 @@ def violation_is_poison() -> None:
             told: dict[str, Told] = {}
             for claim in claims:
                 async with self.engine.begin() as conn:
-                    entry = claim.entry_id.decode()
-                    await confirming.bury(conn, sale, "orders", entry, {}, "UniqueViolationError")
+                    await confirming.bury(conn, sale, "orders", claim.name, {}, "UniqueViolationError")
                     await confirming.refuse(
                         conn, claim.order_no, sale, claim.sku, claim.buyer_id, claim.epoch, claim.seq, claim.units,
                         reason="poison", returned=True, told=refused_json("poison"),

@@ -239,7 +239,12 @@ class Shop:
 
     async def orders(self, sale: str) -> list[bytes]:
         entries = await self.link.call("XRANGE", SaleKeys(sale).orders, "-", "+")
-        return [entry[1][1] for entry in entries]
+        """Of each claim what its entry shares, the ticket and the buyer."""
+        return [
+            b"|".join((fields[1], *claim))
+            for _, fields in entries
+            for claim in zip(fields[2::2], fields[3::2], strict=True)
+        ]
 
 
 @pytest.fixture

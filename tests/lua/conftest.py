@@ -195,7 +195,9 @@ class Stage:
         return {entry[0].decode(): entry[1][1] for entry in entries}
 
     async def claims(self) -> list[str]:
-        return [entry[1][1].decode() for entry in await self.link.call("XRANGE", self.keys.orders, "-", "+")]
+        """Every claim of the stream, in order: `1|epoch|sku|seq|units|claimed_ms|buyer_id`."""
+        entries = await self.link.call("XRANGE", self.keys.orders, "-", "+")
+        return [claim for entry in entries for claim in claims_of(entry)]
 
     async def claimed_seqs(self) -> list[int]:
         return [int(claim.split("|")[3]) for claim in await self.claims()]
@@ -204,6 +206,19 @@ class Stage:
         """Every key of the server as it is stored, to the byte."""
         found = sorted(await self.link.call("KEYS", "*"))
         return dict(zip(found, await self.link.pipeline([("DUMP", key) for key in found]), strict=True))
+
+
+def claims_of(entry: Any) -> list[str]:
+    """What an entry of `orders` says, written out claim by claim."""
+    (word, shared), *claims = zip(entry[1][::2], entry[1][1::2], strict=True)
+    assert word == b"c"
+    form, epoch, sku, ms = shared.decode().split("|")
+    return [
+        "|".join(
+            (form, epoch, sku, *ticket.decode().split(":"), ms, buyer.decode("utf-8", "backslashreplace"))
+        )
+        for ticket, buyer in claims
+    ]
 
 
 def _hash(flat: list[bytes]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from app.scripts import (
 )
 
 # Run when memory is full: units and statuses go back, and a restarted Redis is armed again, or nothing could go back.
-GIVES_BACK = ("units_release", "ticket_mark", "sale_pulse", "sale_rearm")
+GIVES_BACK = ("units_release", "ticket_mark", "claims_remove", "sale_pulse", "sale_rearm")
 NAMES = sorted(script.name for script in all_scripts())
 
 

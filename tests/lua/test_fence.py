@@ -27,8 +27,13 @@ CALLS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
         sku="A",
         before=b"{",
         behind=b"}",
-        tickets=[(1, "n" * 24, b"1-1")],
+        seqs=[1],
+        order_nos=["n" * 24],
+        entries=[(b"1-1", 1)],
         now_ms=stage.now,
+    ),
+    "claims_count": lambda stage: stage.scripts.claims_count(
+        sale="x", epoch=stage.epoch, made=2, open_=2, counted=7
     ),
     "ask_put": lambda stage: stage.ask(1, "leave"),
     "sale_switch": lambda stage: stage.switch(9, paused=1),
@@ -53,6 +58,7 @@ NOT_FENCED = {
     "sms_take",
     "breaker",
     "consumers_remove",
+    "claims_remove",
 }
 
 

@@ -83,7 +83,7 @@ async def test_a_buyer_id_may_hold_anything(stage: Stage) -> None:
     assert isinstance(reply, Joined)
     await stage.at(OPENS).advance()
     (entry,) = await stage.link.call("XRANGE", stage.keys.orders, "-", "+")
-    assert entry[1][1] == b"1|1|A|1|1|%d|%b" % (OPENS, strange)
+    assert entry[1] == [b"c", b"1|1|A|%d" % OPENS, b"1:1", strange]
 
 
 async def test_taps_repeated_in_a_batch_and_later_find_the_one_ticket(stage: Stage, unchanged: Any) -> None:

@@ -35,7 +35,7 @@ from app.answers import (
 )
 from app.draw import rank_of, round_keys
 from app.link import Link
-from tests.lua.conftest import FREEZE, OPENS, T0, Stage
+from tests.lua.conftest import FREEZE, OPENS, T0, Stage, claims_of
 
 TOKEN = 1_000_000
 
@@ -276,7 +276,7 @@ class Line(RuleBasedStateMachine):
         if not hasattr(self, "places"):
             return
         stage, keys = self.stage, self.stage.keys
-        outcome, left, line, claims, item = self.do(
+        outcome, left, line, claims, item, counted = self.do(
             self.link.pipeline(
                 [
                     ("GET", keys.outcome("A")),
@@ -284,6 +284,7 @@ class Line(RuleBasedStateMachine):
                     ("XRANGE", keys.line("A"), "-", "+"),
                     ("XRANGE", keys.orders, "-", "+"),
                     ("HMGET", keys.item("A"), "served", "dead_seq", "next_seq"),
+                    ("HMGET", keys.sale, "claims_open", "claims_made"),
                 ]
             )
         )
@@ -292,7 +293,8 @@ class Line(RuleBasedStateMachine):
         assert int(left) == self.stock >= 0
         held = sum(place.units for place in self.places if place.byte == "c")
         assert self.stock + held == self.total
-        assert [int(entry[1][1].split(b"|")[3]) for entry in claims] == self.claims
+        assert [int(claim.split("|")[3]) for entry in claims for claim in claims_of(entry)] == self.claims
+        assert [int(value) for value in counted] == [len(self.claims)] * 2
         assert len(self.claims) == len(set(self.claims))
         waiting = {f"{seq}-0" for seq in range(1, len(self.places) + 1) if self.effective(seq) == "w"}
         assert {entry[0].decode() for entry in line} == waiting

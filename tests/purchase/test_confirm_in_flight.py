@@ -39,17 +39,20 @@ async def test_whatever_dies_repeats_or_stalls_each_claim_has_one_outcome(
 ) -> None:
     chance = random.Random(seed)
     await shop.publish({"A": 200, "B": 200}, limit_per_buyer=2)
-    for n in range(BUYERS):
-        await shop.claim((f"b{n}", chance.randrange(1, 3)), sku=chance.choice("AB"))
+    buyers = [(f"b{n}", chance.randrange(1, 3)) for n in range(BUYERS)]
+    while buyers:
+        some = [buyers.pop() for _ in range(min(len(buyers), chance.choice((1, 1, 2, 5, 12))))]
+        await shop.claim(*some, sku=chance.choice("AB"))
         if chance.random() < 0.2:  # a copy, and contacts, some of which leave Redis with a row
             entries = await shop.link.call("XREVRANGE", shop.keys.orders, "+", "-", "COUNT", 1)
-            await shop.add_entry(entries[0][1][1])
-        if chance.random() < 0.3:
-            await shop.link.call("HSET", shop.keys.contact, f"b{n}", b"sealed %d" % n)
+            await shop.copy_entry(entries[0][1])
+        for name, _ in some:
+            if chance.random() < 0.3:
+                await shop.link.call("HSET", shop.keys.contact, name, f"sealed {name}")
 
     async def work(one: Shop, name: str) -> None:
         """Batches as they come; one that failed is tried again, or left behind, or confirmed twice at once."""
-        while entries := await one.read(chance.randrange(1, 30), consumer=name):
+        while entries := await one.read(chance.randrange(1, 12), consumer=name):
             for _ in range(3):
                 try:
                     await asyncio.gather(

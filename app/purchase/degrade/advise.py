@@ -129,16 +129,15 @@ class Advisor:
 
     async def _advise(self, sale: Watched, payment_out: bool, link_wait_s: float) -> None:
         stream = SaleKeys(sale.sale).orders
-        clock, about, groups, told = await self.link.pipeline(
+        clock, groups, told = await self.link.pipeline(
             [
                 ("TIME",),
-                ("XINFO", "STREAM", stream),
                 ("XINFO", "GROUPS", stream),
                 ("HMGET", SaleKeys(sale.sale).sale, "rate_milli", "slow_milli", "slow_base_milli", "slow_reason",
-                 "advice_until_ms"),
+                 "advice_until_ms", "claims_made"),
             ]
         )  # fmt: skip
-        if any(isinstance(answer, Exception) for answer in (clock, about, groups, told)) or told[0] is None:
+        if any(isinstance(answer, Exception) for answer in (clock, groups, told)) or told[0] is None:
             return  # no such stream: reconcile and the confirm loop call a person
         now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
         course = self._courses.get(sale.sale)
@@ -146,7 +145,7 @@ class Advisor:
             course = self._courses[sale.sale] = _Course(
                 sale.epoch, Throttle(self.limits or limits_of(self.settings), _in_force(told, now_ms))
             )
-        course.counted.append((now_ms, int(_facts(about)["entries-added"])))
+        course.counted.append((now_ms, int(told[5] or 0)))
         while now_ms - course.counted[0][0] > SERVED_OVER_MS:
             course.counted.popleft()
         lag_s = await self._confirm_lag_s(stream, groups, now_ms)
@@ -206,7 +205,7 @@ def _facts(flat: Any) -> dict[str, Any]:
 
 def _in_force(told: Any, now_ms: int) -> Slow | None:
     """The slowdown that another advisor wrote, if it holds still."""
-    _, rate, base, reason, until = told
+    _, rate, base, reason, until, _ = told
     if rate is None or int(rate) < 0 or until is None or now_ms >= int(until):
         return None
     word = reason.decode()
