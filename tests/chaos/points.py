@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from app.desk import hooks
-from app.ledger import confirming, orders, outbox, payments
+from app.ledger import captures, confirming, orders, outbox
 from app.providers.guard import GuardedPayment
 from app.purchase import confirm, pay
 from app.scripts import Scripts
@@ -55,11 +55,11 @@ POINTS: dict[str, Point] = {
     "pay.before_send": Point(GuardedPayment, "create", "before", "worker", "payment: before send"),
     "pay.after_send": Point(GuardedPayment, "create", "after", "worker", "payment: no answer"),
     "pay.close": Point(GuardedPayment, "close", "after", "worker", "payment: closed, not on record"),
-    "hook.before_commit": Point(payments, "pay_plainly", "before", "office", "webhook before commit"),
+    "hook.before_commit": Point(captures, "pay_plainly", "before", "office", "webhook before commit"),
     "hook.after_commit": Point(hooks, "take_hook", "after", "office", "webhook after commit"),
     "late.after_retake": Point(Scripts, "units_retake", "after", "worker", "late money between Redis and Postgres"),
     "refund.after_send": Point(GuardedPayment, "refund", "after", "worker", "refund: no answer"),
-    "capture.in_transaction": Point(payments, "capture_add", "after", "office", "paid, before COMMIT"),
+    "capture.in_transaction": Point(captures, "add", "after", "office", "paid, before COMMIT"),
 }  # fmt: skip
 
 
