@@ -44,7 +44,7 @@ SECRETS = (
 )  # also public keys, certificates and templates: what people keep in files
 
 
-NO_SETTINGS = ("FAIRDROP_PORT_FILE", "FAIRDROP_FAILPOINT", "FAIRDROP_TEST_")  # what tests tell processes
+NO_SETTINGS = ("FAIRDROP_PORT_FILE", "FAIRDROP_TEST_")  # what tests tell processes
 
 
 class _SecretFiles(EnvSettingsSource):

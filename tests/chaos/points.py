@@ -1,10 +1,11 @@
 """Named crash points: one for every row of purchase-path.md's failure table where a process of ours may die or stall.
 
-`FAIRDROP_FAILPOINT=NAME:ACTION[:TIMES[:SKIPPED]]` (several with commas) arms them in a process that
+`FAIRDROP_TEST_FAILPOINT=NAME:ACTION[:TIMES[:SKIPPED]]` (several with commas) arms them in a process that
 tests/chaos/zygote.py starts: NAME is a key of POINTS, ACTION is `kill` (SIGKILL to itself), `sleep=SECONDS` or `lost`
 (an error after the fact), TIMES is how many passages do it (default 1) after SKIPPED that do nothing (default 0). Each
-strike is a line in the file `FAIRDROP_FAILPOINT_STRUCK`. Nothing of this is in `app`: a point is put around a function
-of the product after the fork, so a production build has none by construction (tests/chaos/test_points.py holds that).
+strike is a line in the file `FAIRDROP_TEST_FAILPOINT_STRUCK`. Nothing of this is in `app`: a point is put around a
+function of the product after the fork, so a production build has none by construction (tests/chaos/test_points.py
+holds that).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from app.providers.guard import GuardedPayment
 from app.purchase import confirm, pay
 from app.scripts import Scripts
 
-VARIABLE = "FAIRDROP_FAILPOINT"
-STRUCK = "FAIRDROP_FAILPOINT_STRUCK"  # the file that strikes are written to
+VARIABLE = "FAIRDROP_TEST_FAILPOINT"
+STRUCK = "FAIRDROP_TEST_FAILPOINT_STRUCK"  # the file that strikes are written to
 
 
 class Point(NamedTuple):
