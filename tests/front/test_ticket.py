@@ -428,9 +428,10 @@ async def test_winners_told_together_each_see_the_whole_order(front: Front, shop
          "leaving": False, "reason": None}, [], None,
     )  # fmt: skip
     before, _, behind = whole.partition(b"#")
-    tickets = [(seq, f"{seq:024d}", b"%d-0" % seq) for seq in (1, 2)]
+    seqs = (1, 2)
+    order_nos = [f"{seq:024d}" for seq in seqs]
     marked = await shop.scripts.claims_mark(
-        sale="x", epoch=1, sku="A", before=before, behind=behind, tickets=tickets
+        sale="x", epoch=1, sku="A", before=before, behind=behind, seqs=seqs, order_nos=order_nos
     )
     assert marked == MarkedEach("11")
     for _ in range(2):  # the second time from memory
