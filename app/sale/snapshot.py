@@ -371,6 +371,9 @@ class Snapshots:
         self.lost: set[str] = (
             set()
         )  # sales that were here, had not ended, and are gone from Redis: they may come back
+        self._listed: frozenset[str] = (
+            frozenset()
+        )  # sales that Redis names, whether or not they could be read
         self.looked_at = -1e9  # monotonic s of the last whole look
         self.on_tick: list[Callable[[], None]] = []
 
@@ -542,8 +545,8 @@ class Snapshots:
             self.lost.add(sale_id)
 
     def known_absent(self, sale_id: str) -> bool:
-        """Whether there is certainly no such sale: seen of late, and it was not here before Redis lost it."""
-        return self.fresh and sale_id not in self.lost
+        """Whether there is certainly no such sale: Redis, seen of late, does not name it and has not lost it."""
+        return self.fresh and sale_id not in self._listed and sale_id not in self.lost
 
     async def _discover(self, known: Mapping[bytes, bytes]) -> None:
         """Read sales that are new, have a new epoch, or have ended and changed: in this very tick."""
@@ -558,6 +561,7 @@ class Snapshots:
                 listed[sale_id] = (0, False)
             if sale_id not in self._views:
                 unseen.append(sale_id)
+        self._listed = frozenset(listed)
         for sale_id in [gone for gone in self._views if gone not in listed]:
             self._lose(sale_id)
         if unseen:

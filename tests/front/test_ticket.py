@@ -444,6 +444,20 @@ async def test_winners_told_together_each_see_the_whole_order(front: Front, shop
     assert (await front.poll(cid, "cid")).status_code == 503
 
 
+async def test_a_front_that_starts_while_a_sale_is_made_anew_denies_no_ticket(
+    front: Front, shop: Shop, seen: Seen, open_door: Open
+) -> None:
+    """Or buyers would be told to forget what they hold: a campaign's storm saw a hundred of them told so."""
+    await shop.publish(opens_in_s=-1)
+    await seen()
+    ticket = (await front.join("x", "ann")).json()["ticket"]
+    await shop.link.call("UNLINK", SaleKeys("x").sale)
+    young = await open_door()
+    for answer in (await young.poll(ticket, "ann"), await young.join("x", "ann")):
+        assert (answer.status_code, answer.json()["code"]) == (503, "busy")
+    assert (await young.join("y", "ann")).status_code == 404
+
+
 async def test_after_a_rebuild_a_winner_keeps_the_ticket_and_the_others_have_lapsed(
     front: Front, shop: Shop, seen: Seen
 ) -> None:
