@@ -112,15 +112,19 @@ def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[
         pool_recycle=1800,
         async_creator=servers.connect,
     )
-    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    event.listen(engine.sync_engine, "checkout", _refuse_unusable)
     return engine
 
 
-def _refuse_closed(connection: Any, _record: object, _proxy: object) -> None:
-    """Have the pool replace a connection whose other end is gone. asyncpg is told by the kernel, so looking is free;
-    SQLAlchemy's pre-ping costs three round trips, which was half of what an idle worker did."""
-    if connection.driver_connection.is_closed():
-        raise DisconnectionError("the server closed this connection while it was idle")
+def _refuse_unusable(connection: Any, _record: object, _proxy: object) -> None:
+    """Have the pool replace a connection whose other end is gone, or that somebody left in a transaction.
+
+    asyncpg has been told both, so looking is free; SQLAlchemy's pre-ping costs three round trips, which was half of
+    what an idle worker did.
+    """
+    session = connection.driver_connection
+    if session.is_closed() or session.is_in_transaction():
+        raise DisconnectionError("this connection was closed, or left in a transaction, while it was idle")
 
 
 @asynccontextmanager

@@ -35,17 +35,38 @@ class StandbyAway(ConnectionError):
         super().__init__(f"no synchronous standby of `{names}` answers: nothing can be committed")
 
 
+# How the statements begin that asyncpg itself makes of a transaction.
+_OF_TRANSACTIONS = ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE")
+
+
 class Session(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
-    """A connection that hangs up on a COMMIT without an answer, instead of cancelling it."""
+    """A connection that hangs up where nobody knows any more in which transaction it is.
+
+    A BEGIN without an answer may have happened. asyncpg then believes that the connection is in a transaction, and
+    SQLAlchemy puts it back into its pool: whoever took it next "committed" savepoints of what nobody ends.
+    """
 
     standbys = ""  # its server's synchronous_standby_names
     commit_within_s = 15.0
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        if query != "COMMIT;" or not self.standbys:
-            said: str = await super().execute(query, *args, timeout=timeout)
-            return said
-        commit = asyncio.ensure_future(super().execute(query, timeout=CANCEL_NEVER_S))
+        if not query.startswith(_OF_TRANSACTIONS):
+            return str(await super().execute(query, *args, timeout=timeout))
+        try:
+            if query == "COMMIT;" and self.standbys:
+                return await self._commit()
+            return str(await super().execute(query, *args, timeout=timeout))
+        except asyncpg.PostgresError:
+            if query.startswith("BEGIN"):  # the server is in no transaction, asyncpg believes that it is
+                self.terminate()
+            raise
+        except BaseException:
+            self.terminate()
+            raise
+
+    async def _commit(self) -> str:
+        """Hangs up on a COMMIT without an answer, instead of cancelling it."""
+        commit = asyncio.ensure_future(super().execute("COMMIT;", timeout=CANCEL_NEVER_S))
         try:
             answered, _ = await asyncio.wait([commit], timeout=self.commit_within_s)
         finally:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 
@@ -89,3 +90,48 @@ async def test_a_server_that_falls_silent_behind_its_greeting_is_a_timeout(
     monkeypatch.setattr(Session, "fetchval", silent)
     with pytest.raises(TimeoutError):
         await one(database_url)
+
+
+@pytest.mark.parametrize("how", ["begin", "by_hand"])
+@pytest.mark.parametrize("lost", ["BEGIN", "ROLLBACK"])
+async def test_what_is_committed_after_a_lost_answer_is_committed(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, how: str, lost: str
+) -> None:
+    """The server did begin, or did not hear of the end: a campaign's cut networks. The next one to take the connection
+    from the pool would write into a transaction that nobody ends, and buyers would be told of it."""
+    real = asyncpg.Connection.execute
+    losses = [lost]
+
+    async def execute(self: Any, query: str, *args: Any, **more: Any) -> Any:
+        if losses and query.startswith(losses[0]):
+            losses.clear()
+            if lost == "BEGIN":
+                await real(self, query, *args, **more)
+            raise TimeoutError
+        return await real(self, query, *args, **more)
+
+    engine = engines.create_engine(Settings(database_url=database_url), pool=1)
+    async with engines.alone(engine) as conn:
+        await engines.ping(conn)  # what SQLAlchemy asks of a new server goes before
+    monkeypatch.setattr(asyncpg.Connection, "execute", execute)
+    whole: Any = engine.begin if how == "begin" else lambda: engines.by_hand(engine)
+    write = text(
+        "INSERT INTO dead_letter (sale, stream, entry_id, entry, reason) VALUES ('s', :a, 'e', '{}', 'r')"
+    )
+    try:
+        with pytest.raises((TimeoutError, ZeroDivisionError)):
+            async with whole() as conn:
+                await conn.execute(write, {"a": "lost"})
+                raise ZeroDivisionError
+        assert not losses
+        async with whole() as conn:
+            await conn.execute(write, {"a": "kept"})
+        async with engines.alone(engine) as conn:
+            await conn.execute(write, {"a": "alone"})
+        other = engines.create_engine(Settings(database_url=database_url), pool=1)
+        async with other.connect() as conn:
+            rows = await conn.execute(text("SELECT stream FROM dead_letter ORDER BY stream"))
+            assert list(rows.scalars()) == ["alone", "kept"]
+        await other.dispose()
+    finally:
+        await engine.dispose()
