@@ -31,6 +31,8 @@ STANDBY_WITHIN_S = 0.7  # shorter than the patience of the probes that ask
 CONNECT_WITHIN_S = 5.0  # a healthy server answers in milliseconds; longer means that it is not there
 POOL_WAIT_S = 5.0  # a caller that finds every connection busy is told so, instead of piling up
 POSTGRES_LEAST = 15
+# Who hung up or vanished in a transaction must not hold its rows: ours wait for Redis at most, never for a supplier.
+IDLE_IN_TRANSACTION_MS = 20_000
 ADDRESS_LIKE = (
     "FAIRDROP_DATABASE_URL must look like postgresql://user:password@host:port/name"
     " or postgresql://user:password@host:port,host:port/name"
@@ -98,7 +100,7 @@ def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[
         server_settings={
             "statement_timeout": str(int(deadline_s * 1000)),
             "lock_timeout": str(int(deadline_s * 1000)),
-            "idle_in_transaction_session_timeout": "60000",
+            "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
             "synchronous_commit": "on",
             "timezone": "UTC",
             **server_settings,
