@@ -15,7 +15,7 @@ import pytest
 from app.commands.providers import transitions
 from app.ledger import bills
 from app.providers.payment import BillLine
-from tests.office.conftest import FIRST_KEY, Office, iso, open_office, settings_for, write_order
+from tests.office.conftest import FIRST_KEY, Office, iso, write_order
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,15 +28,6 @@ class Ran(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.out)
-
-
-@pytest.fixture
-async def office(redis_url: str, database_url: str) -> Any:
-    running = await open_office(settings_for(redis_url, database_url))
-    try:
-        yield running
-    finally:
-        await running.close()
 
 
 async def fairdrop(*words: str, office: Office | None = None, said: str = "", **environment: str) -> Ran:

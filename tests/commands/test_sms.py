@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-import pytest
-
 from tests.commands.test_operators import fairdrop
-from tests.office.conftest import Office, open_office, settings_for
+from tests.office.conftest import Office
 
 TEMPLATES = (
     '{"reserved.zh-CN": ["SMS_1", "order_no", "minutes"], "reserved.en": ["SMS_2"], "paid": ["SMS_3"],'
     ' "expired": ["SMS_4"], "cancelled": ["SMS_5"], "refunded": null}'
 )
-
-
-@pytest.fixture
-async def office(redis_url: str, database_url: str) -> AsyncIterator[Office]:
-    running = await open_office(settings_for(redis_url, database_url))
-    try:
-        yield running
-    finally:
-        await running.close()
 
 
 async def test_a_preview_shows_text_size_and_the_template_of_each_supplier() -> None:

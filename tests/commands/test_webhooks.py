@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-import pytest
-
 from tests.commands.test_operators import fairdrop
-from tests.office.conftest import Office, open_office, settings_for
-
-
-@pytest.fixture
-async def office(redis_url: str, database_url: str) -> AsyncIterator[Office]:
-    running = await open_office(settings_for(redis_url, database_url))
-    try:
-        yield running
-    finally:
-        await running.close()
+from tests.office.conftest import Office
 
 
 async def test_an_endpoint_is_made_rotated_replayed_listed_and_deleted(office: Office) -> None:
