@@ -55,7 +55,7 @@ async def as_asgi(
     for name, value in headers:
         if name == b"content-length" and value.isdigit():
             missing = int(value)
-        if name in (b"content-length", b"transfer-encoding"):
+        if missing or name == b"transfer-encoding":
             pieces = pieces or aiter(exchange)
     begun = False  # the body has been read from the beginning
     start: Message = {}
@@ -85,7 +85,9 @@ async def as_asgi(
         status, body = start["status"], message.get("body", b"")
         if stream is None:
             texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
-            if closing():
+            if (
+                pieces is not None or closing()
+            ):  # granian hangs up on a body that was not read to its end: say so
                 texts.append(("connection", "close"))
             if not message.get("more_body", False):
                 if body:

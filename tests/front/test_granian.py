@@ -87,7 +87,15 @@ async def test_a_join_by_granian_may_come_in_pieces(
     assert (await granian.post(TICKETS, content=body, headers=headers)).status_code == 202
     large = await granian.post(TICKETS, content=pieces(*[b" " * 9_000] * 4), headers=headers)
     assert (large.status_code, large.json()["code"]) == (413, "too_large")
+    assert large.headers["connection"] == "close"  # the rest of the body is never read
     assert (await granian.post(TICKETS, json=BODY, headers=ME)).status_code == 200
+
+
+async def test_granian_keeps_a_connection_whose_request_has_a_length_of_nothing(
+    granian: httpx.AsyncClient,
+) -> None:
+    answer = await granian.get("/v1/sales", headers={"Content-Length": "0"})
+    assert answer.headers.get("connection") != "close"
 
 
 async def test_an_event_stream_by_granian_ends_with_its_client(
