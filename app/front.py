@@ -9,17 +9,17 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from app import problems
-from app.challenge import Challenges
-from app.cluster import open_link
+from app.buyer.challenge import Challenges
+from app.buyer.identity import Identity
 from app.door import pages, passes, probes, sales, tickets
 from app.door.address import networks
 from app.door.counts import Counts
 from app.door.hot import HotRoutes
 from app.errors import CannotStart
-from app.identity import Identity
 from app.purchase.accept import Door
 from app.purchase.follow import EventStreams
 from app.purchase.track import Tracker
+from app.redis.cluster import open_link
 from app.resources import release
 from app.sale.public import PublicDocuments
 from app.sale.snapshot import Snapshots

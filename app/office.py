@@ -14,7 +14,6 @@ from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import problems
-from app.cluster import open_link
 from app.desk import (
     bills,
     events,
@@ -39,6 +38,7 @@ from app.problems import refuse
 from app.providers import published
 from app.providers.registry import open_providers
 from app.providers.routes import run as follow_routes
+from app.redis.cluster import open_link
 from app.resources import release
 from app.sale import publish
 from app.scripts import Scripts

@@ -69,7 +69,7 @@ from app.answers import (
     Waits,
 )
 from app.keys import FORMAT, GROUP, SaleKeys, breaker_history_key, breaker_key, sms_limits
-from app.link import Arg, Link, Rejected
+from app.redis.link import Arg, Link, Rejected
 from app.resources import scripts
 
 _W, _C, _H = b"WCH"

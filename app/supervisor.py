@@ -36,7 +36,6 @@ from types import FrameType
 from typing import IO, Protocol
 from urllib.parse import urlsplit
 
-from app.cluster import open_link
 from app.disk import Disk
 from app.embedded import (
     Postgres,
@@ -52,7 +51,8 @@ from app.embedded import (
     write_private,
 )
 from app.errors import CannotStart
-from app.serve import listen, listen_together
+from app.redis.cluster import open_link
+from app.serving.server import listen, listen_together
 from app.settings import Settings
 from app.telemetry import MULTIPROCESS_DIR, forget_process, prepare_metrics
 

@@ -33,15 +33,12 @@ from starlette.routing import Route
 
 from app.alarm import alert
 from app.answers import Removed
-from app.bills import Biller
-from app.cluster import open_link
-from app.contacts import remove_old
+from app.buyer.contacts import remove_old
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import engine as engines
 from app.ledger import events
 from app.ledger.due import Kind
-from app.link import Link
 from app.providers import published, routes
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay, tell
@@ -52,7 +49,10 @@ from app.purchase.degrade.extend import Extender
 from app.purchase.leased import first_of
 from app.purchase.lookout import LOOK_EVERY_S, Lookout
 from app.purchase.release import PayAsk, Releaser
-from app.reconcile import Reconciler, copy_routes
+from app.redis.cluster import open_link
+from app.redis.link import Link
+from app.repair.bills import Biller
+from app.repair.reconcile import Reconciler, copy_routes
 from app.scripts import Scripts
 from app.settings import Settings
 from app.shop import push

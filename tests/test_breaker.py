@@ -27,9 +27,9 @@ from app.breaker import (
     Stop,
     TimeWindow,
 )
-from app.link import Link
 from app.providers import shared_breaker
 from app.providers.shared_breaker import SharedBreaker
+from app.redis.link import Link
 from app.scripts import Scripts
 
 S, F, I = Result.SUCCESS, Result.FAILURE, Result.IGNORED  # noqa: E741

@@ -30,7 +30,7 @@ from app.keys import GROUP, SaleKeys
 from app.ledger import confirming, orders
 from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer, claims_of
-from app.reconcile import Reconciler
+from app.repair.reconcile import Reconciler
 from app.settings import Settings
 from app.worker import READ_MAX, ConfirmLoop, Health, Streams, Worker, create_app, keep_going
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until

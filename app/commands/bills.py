@@ -76,9 +76,9 @@ def reconcile_bill(
     import json
     from datetime import UTC, date, datetime
 
-    from app import bills
     from app.ledger.engine import create_engine
     from app.providers.registry import open_providers
+    from app.repair import bills
 
     try:
         wanted = date.fromisoformat(day)

@@ -57,7 +57,7 @@ def front(
         return
     log_as(settings, "front")
     from app.front import create_app
-    from app.serve import serve
+    from app.serving.server import serve
 
     serve(
         "front",
@@ -77,7 +77,7 @@ def office(host: Host = None, port: Port = None, fd: Fd = None) -> None:
     settings = settings_of(office_host=host, office_port=port)
     log_as(settings, "office")
     from app.office import create_app
-    from app.serve import serve
+    from app.serving.server import serve
 
     serve(
         "office",
@@ -96,7 +96,7 @@ def worker(host: Host = None, port: Port = None) -> None:
     settings = settings_of(worker_host=host, worker_port=port)
     log_as(settings, "worker")
     from app import worker as worker_process
-    from app.serve import keep_what_has_started, run
+    from app.serving.server import keep_what_has_started, run
 
     keep_what_has_started()  # its modules: a collection that walks them all stalls every loop of the worker
     run(worker_process.run(settings))
@@ -108,6 +108,6 @@ def sandbox(host: Host = None, port: Port = None, fd: Fd = None) -> None:
     settings = settings_of(sandbox_host=host, sandbox_port=port)
     log_as(settings, "sandbox")
     from app.providers.sandbox import create_app
-    from app.serve import serve
+    from app.serving.server import serve
 
     serve("sandbox", create_app, settings, host=settings.sandbox_host, port=settings.sandbox_port, fd=fd)

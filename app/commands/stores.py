@@ -52,9 +52,9 @@ def rebuild(
     import json
     from dataclasses import asdict
 
-    from app import rebuild as rebuilding
-    from app.cluster import open_link
     from app.errors import DidNotHappen, Unknown
+    from app.redis.cluster import open_link
+    from app.repair import rebuild as rebuilding
     from app.scripts import Scripts
 
     settings = with_pii_keys(with_stores(settings_of(data_dir=data_dir), "database", "redis"))
@@ -106,7 +106,7 @@ def rotate_keys(
     import asyncio
     import json
 
-    from app import contacts
+    from app.buyer import contacts
     from app.ledger.engine import create_engine
     from app.sealing import sealing_keys
 

@@ -16,8 +16,6 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import audit
-from app.audit import Audit
 from app.desk.auth import Viewer
 from app.desk.providers import ProviderOut, breakers
 from app.desk.shapes import AuditOut, Out, SalePath, When, format_ms
@@ -27,6 +25,8 @@ from app.keys import SaleKeys
 from app.ledger import operators, outbox, sales
 from app.ledger.sales import Sale
 from app.problems import refusals, refuse
+from app.repair import audit
+from app.repair.audit import Audit
 from app.sale.document import format_time, to_ms
 
 router = APIRouter(tags=["live"])
@@ -413,7 +413,7 @@ async def live_events(sale: SalePath, desk: TheDesk, watch: TheWatch, operator: 
     OF_SALE + "/audit", response_model=AuditOut, responses=READ, summary="The invariants, with both sides"
 )
 async def audit_sale(sale: SalePath, desk: TheDesk, operator: Viewer, response: Response) -> dict[str, Any]:
-    """Stock, orders and money, compared ticket by ticket; the names are explained in the manual (`app/audit.py`)."""
+    """Stock, orders and money, compared ticket by ticket; the names are explained in `app/repair/audit.py`."""
     response.headers["Cache-Control"] = "no-store"
     # One at a time: it reads every order.
     async with desk.turns.turn("audit"):

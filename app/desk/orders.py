@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.contacts import indexes_of
+from app.buyer.contacts import indexes_of
 from app.desk.auth import Viewer
 from app.desk.change import Answer, Body, Change, OperatorPosts
 from app.desk.sales import CancelAllIn, found

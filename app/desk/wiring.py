@@ -18,7 +18,7 @@ from app.settings import Settings
 from app.tokens import Keyring
 
 if TYPE_CHECKING:
-    from app.link import Link
+    from app.redis.link import Link
     from app.scripts import Scripts
 
 

@@ -2,7 +2,7 @@
 
 Hot: join, poll, board, sale, time, and every CORS preflight. Each has a typed twin in app/door/ that calls the same
 method of `Door`; a test holds both to the same answers. uvicorn and granian bring hot requests by an express lane each
-(app/wire.py, app/rsgi_lane.py), any other server by ASGI: the same table, the same answers.
+(app/serving/wire.py, app/serving/rsgi_lane.py), any other server by ASGI: the same table, the same answers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import structlog
 
-from app import rsgi
 from app.errors import FairdropError, Refusal
-from app.overload import retry_after_s
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
 from app.purchase.accept import Answer, Door, Headers, Later, Tell, settled
+from app.serving import rsgi
+from app.serving.overload import retry_after_s
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -159,7 +159,7 @@ class HotRoutes:
     def _time(self, _headers: Headers, _body: bytes, _tell: Tell) -> Answer:
         return self.door.time()
 
-    # --- the express lane (app.wire.Express) -------------------------------------------------------------------------
+    # --- the express lane (app.serving.wire.Express) ---------------------------------------------------------------
 
     def finds(self, method: bytes, target: bytes) -> Hot | None:
         if b"?" in target or b"%" in target:
@@ -212,7 +212,7 @@ class HotRoutes:
         return None
 
     def parts(self, given: Any, headers: Headers, tell: Tell) -> tuple[int, rsgi.Texts, bytes] | None:
-        """The same as granian wants it (app.rsgi_lane.Express)."""
+        """The same as granian wants it (app.serving.rsgi_lane.Express)."""
         if type(given) is not Answer:
             if not isinstance(given, Exception):
                 self._wait(given, tell)

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from app.challenge import Challenges
+from app.buyer.challenge import Challenges
+from app.buyer.identity import missing
 from app.door.respond import door_of, headers_of, respond
 from app.door.shapes import PassIn, PassOut
-from app.identity import missing
 from app.problems import JsonRoute, refusals, refuse
 from app.purchase.accept import Answer
 from app.sale import public

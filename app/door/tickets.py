@@ -20,10 +20,10 @@ from app.answers import (
     NotWaiting,
     Old,
 )
+from app.buyer.identity import Caller, missing
 from app.door.address import address_of, networks
 from app.door.respond import door_of, headers_of, respond
 from app.door.shapes import NothingToWaitFor, PayIn, TicketOut
-from app.identity import Caller, missing
 from app.problems import JsonRoute, refusals, refuse, request_id_of
 from app.purchase.accept import Answer, Door, JoinIn, settled
 from app.purchase.follow import EventStreams, Follower

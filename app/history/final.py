@@ -16,14 +16,11 @@ from typing import Any
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import reading
-from app.cluster import open_link
 from app.errors import DidNotHappen, Unknown
 from app.keys import GROUP, SaleKeys
 from app.ledger import books
 from app.ledger import engine as engines
 from app.ledger.whole import whole
-from app.link import Link
 from app.providers.sandbox_ledger import Ledger
 from app.purchase.confirm import claims_of
 from app.record import (
@@ -40,6 +37,9 @@ from app.record import (
     Stream,
     Ticket,
 )
+from app.redis import reading
+from app.redis.cluster import open_link
+from app.redis.link import Link
 from app.settings import Settings
 
 LOOK_EVERY_S = 0.2

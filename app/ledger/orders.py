@@ -198,7 +198,7 @@ async def page(
 ) -> list[Row]:
     """Orders of a sale by (sku, epoch, seq), behind `after`: the cursor of lists and CSV.
 
-    phone_indexes: only those of a number, by its blind index under each key (app/contacts.py).
+    phone_indexes: only those of a number, by its blind index under each key (app/buyer/contacts.py).
     """
     given: dict[str, Any] = {"sale": sale, "state": state, "limit": limit}
     of_number = ""

@@ -20,10 +20,10 @@ from app import keys
 from app.answers import Gone
 from app.breaker import MODES
 from app.errors import FairdropError
-from app.link import Link
 from app.providers.guard import Guard
 from app.providers.registry import Providers
 from app.providers.shared_breaker import SharedBreaker, fresh_ms, history_command, rules_text
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
 

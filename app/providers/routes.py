@@ -26,7 +26,7 @@ import structlog
 
 from app import keys
 from app.errors import CannotStart, FairdropError
-from app.link import Link
+from app.redis.link import Link
 
 T = TypeVar("T")
 log = structlog.get_logger()

@@ -34,13 +34,13 @@ from app.answers import (
     Waits,
 )
 from app.batcher import settle
+from app.buyer.identity import Caller, Identity, KeysNeeded, missing
 from app.errors import Refusal
-from app.identity import Caller, Identity, KeysNeeded, missing
-from app.link import Link
 from app.problems import body_refusal, is_json, refuse
 from app.purchase.claim import Claims, Wish
 from app.purchase.follow import EventStreams
 from app.purchase.track import Tracker, stale
+from app.redis.link import Link
 from app.sale.public import Document, PublicDocuments, at
 from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.scripts import Scripts

@@ -31,7 +31,7 @@ from app.errors import DidNotHappen, Unknown
 from app.keys import SaleKeys
 from app.ledger import course, events, outbox, sales
 from app.ledger.engine import alone
-from app.link import Link
+from app.redis.link import Link
 from app.sale import publish
 from app.scripts import Scripts
 from app.settings import Settings

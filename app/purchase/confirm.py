@@ -32,14 +32,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.alarm import alert
 from app.answers import Gone, MarkedEach, Old
-from app.contacts import index_of
+from app.buyer.contacts import index_of
 from app.errors import DidNotHappen
 from app.keys import FORMAT, SaleKeys
 from app.ledger import confirming, orders, payments
 from app.ledger.confirming import Kind, NewOrder, Terms
 from app.ledger.engine import by_hand, passes, sqlstate_of
-from app.link import Link
 from app.purchase.told import refused_json, status_json
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.sealing import sealing_keys
 from app.settings import Settings

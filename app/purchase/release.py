@@ -33,8 +33,8 @@ from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, course, orders, outbox, payments, rebuilding, sms
 from app.ledger.engine import alone
-from app.link import Link
 from app.purchase.told import status_json
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
 from app.texts import still_true

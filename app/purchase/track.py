@@ -18,9 +18,9 @@ from app import alike
 from app.batcher import Batcher, Full
 from app.errors import DidNotHappen, Refusal
 from app.keys import SaleKeys
-from app.link import Link
 from app.problems import refuse
 from app.purchase.degrade.notices import of_ticket
+from app.redis.link import Link
 from app.sale.snapshot import ItemView, SaleView, Snapshots
 from app.settings import Settings
 from app.states import STATE_OF, TicketState

@@ -35,7 +35,7 @@ from app.answers import (
 from app.errors import DidNotHappen, Unknown
 from app.ledger import journal, outbox, sales
 from app.ledger.sales import Intent, Sale
-from app.link import Link
+from app.redis.link import Link
 from app.sale.document import ItemTerms, Terms, format_time, to_ms
 from app.scripts import Scripts
 from app.settings import Settings

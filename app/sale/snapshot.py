@@ -20,7 +20,7 @@ import structlog
 from app import draw, keys
 from app.errors import DidNotHappen, FairdropError, Unknown
 from app.keys import SaleKeys
-from app.link import Link
+from app.redis.link import Link
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)

@@ -33,8 +33,8 @@ from app.keys import GROUP, SaleKeys
 from app.ledger import events, migrate
 from app.ledger.engine import create_engine
 from app.ledger.orders import order_no
-from app.link import Link
 from app.purchase.confirm import Confirmer, Entry, parse
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
 from loadtest.bench.machine import cpu_s, family

@@ -22,9 +22,9 @@ from app.embedded import Postgres, Valkey, make_folder
 from app.keys import SaleKeys
 from app.ledger import migrate
 from app.ledger.engine import create_engine
-from app.link import Link
-from app.rebuild import rebuild
-from app.reconcile import compare
+from app.redis.link import Link
+from app.repair.rebuild import rebuild
+from app.repair.reconcile import compare
 from app.scripts import Scripts
 from app.settings import Settings
 

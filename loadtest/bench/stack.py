@@ -24,7 +24,7 @@ from app.answers import Published
 from app.draw import seed_hash
 from app.embedded import Valkey, free_port, make_folder
 from app.keys import SaleKeys
-from app.link import Link
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.tokens import Keyring
 from loadtest.bench.machine import Pinning, cores, family, on_cores, pin

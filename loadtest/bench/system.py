@@ -13,7 +13,7 @@ from pathlib import Path
 
 from app.embedded import make_folder
 from app.keys import SaleKeys
-from app.link import Link
+from app.redis.link import Link
 from app.tokens import Keyring
 from loadtest.bench.door import JOINS_PER_S_MAX, known
 from loadtest.bench.machine import Pinning, family, pin

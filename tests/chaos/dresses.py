@@ -15,7 +15,7 @@ from typing import Any
 from app import resources
 
 # Who asks datetime.now. Not everybody gets the other class: encoders would not know it in an annotation.
-DATED = ("app.bills", "app.purchase.paying.hook")
+DATED = ("app.repair.bills", "app.purchase.paying.hook")
 CLOCK = "FAIRDROP_TEST_CLOCK"  # the file that says how many s this process' wall clock is ahead
 
 

@@ -13,8 +13,8 @@ import redis.asyncio
 
 from app.demo.crowd import Buyer
 from app.keys import SaleKeys
-from app.link import Link
-from app.rebuild import rebuild
+from app.redis.link import Link
+from app.repair.rebuild import rebuild
 from app.scripts import Scripts
 from app.settings import Settings
 from tests.chaos.faults import bring_older_log, made_anew, pulse

@@ -27,7 +27,7 @@ from app.purchase import confirm, pay
 from app.purchase.confirm import Claim, Confirmer, Told, refused_json
 from app.purchase.release import Releaser
 from app.purchase.told import status_json
-from app.reconcile import Reconciler
+from app.repair.reconcile import Reconciler
 from app.scripts import Script, Scripts
 
 

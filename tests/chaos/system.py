@@ -25,7 +25,7 @@ import httpx
 import psutil
 
 from app.errors import FairdropError
-from app.serve import listen
+from app.serving.server import listen
 from app.supervisor import answers
 from tests.chaos.points import POINTS, STRUCK, VARIABLE
 

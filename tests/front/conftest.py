@@ -21,11 +21,11 @@ from app.door.hot import HotRoutes
 from app.draw import seed_hash
 from app.front import create_app
 from app.keys import SaleKeys
-from app.link import Link
+from app.redis.link import Link
 from app.scripts import Scripts
-from app.serve import listen
+from app.serving.server import listen
+from app.serving.wire import http_protocol
 from app.settings import Settings
-from app.wire import http_protocol
 
 JWT_SECRET = "a secret of the shop that is long enough"
 SIGNING_KEY = "k" * 40

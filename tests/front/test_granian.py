@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.serve import Granian, listen
+from app.serving.server import Granian, listen
 from tests.front.conftest import ORIGIN, Front, Shop, settings_for, until
 from tests.front.test_express import BODY, CASES, ME, TICKETS, told
 

@@ -33,7 +33,7 @@ async def supplier(
     """A small HTTP server in this loop: key sets, siteverify. Yields its address and the bodies it got."""
     import asyncio
 
-    from app.serve import listen
+    from app.serving.server import listen
     from tests.front.conftest import _Quiet
 
     bodies: list[bytes] = []
@@ -134,7 +134,7 @@ async def test_any_changed_character_of_a_token_is_refused(front: Front, shop: S
 async def test_a_key_set_is_read_and_rotated(
     kind: str, open_door: Open, shop: Shop, seen: Seen, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("app.identity.JWKS_COOLDOWN_S", 0.0)
+    monkeypatch.setattr("app.buyer.identity.JWKS_COOLDOWN_S", 0.0)
     make: dict[str, Callable[[], Any]] = {
         "RS256": lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048),
         "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from app.challenge import zero_bits
+from app.buyer.challenge import zero_bits
 from app.problems import CODES
 
 PAGES = Path(__file__).parents[2] / "app" / "pages"

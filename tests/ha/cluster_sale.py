@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.cluster import slot_of
 from app.demo.crowd import Buyer, Crowd
 from app.demo.desk import Desk
 from app.history.final import finish
@@ -29,6 +28,7 @@ from app.history.judge import Verdict, judge
 from app.keys import SaleKeys
 from app.providers.sandbox_ledger import Ledger
 from app.record import Attempt, Op, Order, Recorder, Run, Sale, Supplier, read
+from app.redis.cluster import slot_of
 from tests.chaos.scenario import _close, _known
 from tests.chaos.system import System, Zygote
 from tests.conftest import Stores

@@ -33,7 +33,7 @@ from app.errors import DidNotHappen, Unknown
 from app.history.report import report
 from app.keys import SaleKeys
 from app.ledger import engine as engines
-from app.link import Link
+from app.redis.link import Link
 from app.settings import Settings
 from tests.chaos.scenario import Outcome, Plan, Stage, people, play
 from tests.chaos.system import Zygote

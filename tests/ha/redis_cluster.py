@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 import redis as redis_sync
 
-from app.cluster import SLOTS, slot_of
 from app.embedded import Valkey, find_valkey, free_port, make_folder
+from app.redis.cluster import SLOTS, slot_of
 
 PRIMARIES = 3
 NODE_TIMEOUT_MS = (

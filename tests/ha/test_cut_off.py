@@ -10,7 +10,7 @@ from signal import SIGCONT, SIGSTOP
 import pytest
 
 from app.answers import Gone
-from app.link import Link, Rejected
+from app.redis.link import Link, Rejected
 from app.scripts import Scripts
 from tests.conftest import Stores
 from tests.ha.redis_watched import REPLICA_LAG_MAX_S, Watched

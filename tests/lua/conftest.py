@@ -11,7 +11,7 @@ from app import alike
 from app.answers import Joined, Published
 from app.draw import seed_hash
 from app.keys import SaleKeys
-from app.link import Link
+from app.redis.link import Link
 from app.scripts import Scripts
 
 T0 = 1_800_000_000_000  # ms: the line opens

@@ -34,7 +34,7 @@ from app.answers import (
     Waits,
 )
 from app.draw import rank_of, round_keys
-from app.link import Link
+from app.redis.link import Link
 from tests.lua.conftest import FREEZE, OPENS, T0, Stage, claims_of
 
 TOKEN = 1_000_000

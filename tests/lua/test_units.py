@@ -19,7 +19,7 @@ from app.answers import (
     Short,
     Taken,
 )
-from app.link import Rejected
+from app.redis.link import Rejected
 from tests.lua.conftest import CLOSES, OPENS, T0, Stage
 
 pytestmark = pytest.mark.stores_matrix

@@ -21,7 +21,7 @@ from sqlalchemy import text
 from app.desk.wiring import Desk
 from app.ledger import orders
 from app.office import create_app
-from app.serve import listen
+from app.serving.server import listen
 from app.settings import Settings
 
 FIRST_KEY = "the first admin's key of the tests"

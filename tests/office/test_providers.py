@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from app.breaker import Result, Rules
-from app.link import Link
 from app.providers.registry import guard_rules
 from app.providers.shared_breaker import SharedBreaker
+from app.redis.link import Link
 from app.scripts import Scripts
 from tests.office.conftest import Office
 

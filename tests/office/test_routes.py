@@ -11,7 +11,7 @@ import pytest
 from app.errors import DidNotHappen
 from app.providers import routes
 from app.providers.registry import open_providers
-from app.reconcile import copy_routes
+from app.repair.reconcile import copy_routes
 from tests.office.conftest import Office, document, open_office, settings_for, until
 
 ROUTES = "/v1/admin/providers/routes"

@@ -11,10 +11,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from app.breaker import Result, Rules, State
-from app.link import Link
 from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused, other_may
 from app.providers.guard import Bulkhead, Guard, GuardRules
 from app.providers.retry import RetryBudget, backoff_s
+from app.redis.link import Link
 from app.scripts import Scripts
 
 

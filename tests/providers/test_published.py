@@ -14,10 +14,10 @@ from app import keys
 from app.answers import Stands
 from app.breaker import Result, Rules, State
 from app.errors import FairdropError
-from app.link import Link
 from app.providers import published
 from app.providers.registry import Providers, open_providers
 from app.providers.shared_breaker import SharedBreaker, Told, rules_text
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
 from tests.providers.server import until

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from app import keys
 from app.errors import CannotStart, DidNotHappen
-from app.link import Link
 from app.providers import routes
 from app.providers.registry import open_providers
 from app.providers.routes import Routes, in_turn
+from app.redis.link import Link
 from app.settings import Settings
 from tests.providers.server import until
 

@@ -19,11 +19,11 @@ from app import keys
 from app.answers import Gone, Stands
 from app.breaker import Counts, Event, Permit, Result, Rules, State, Stop
 from app.embedded import Valkey
-from app.link import Link
 from app.providers import published, shared_breaker
 from app.providers.answer import Answer, Done, MaybeDone, NotDone
 from app.providers.guard import Guard, GuardRules
 from app.providers.shared_breaker import SharedBreaker, SharedPermit, Told, fresh_ms, rules_text
+from app.redis.link import Link
 from app.scripts import Scripts
 from tests.providers.server import until
 
@@ -190,7 +190,7 @@ CALLERS = """
 import asyncio, sys, time
 from app.breaker import Permit, Result, Rules
 from app.providers.shared_breaker import SharedBreaker
-from app.link import Link
+from app.redis.link import Link
 from app.scripts import Scripts
 
 async def main(url, who, callers, lease_ms):

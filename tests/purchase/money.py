@@ -16,12 +16,12 @@ from app.answers import Joined, Published
 from app.draw import seed_hash
 from app.ledger import orders, payments, tables
 from app.ledger.engine import create_engine
-from app.link import Link
 from app.providers.payment import HookAnswer
 from app.providers.registry import Providers, open_providers
 from app.purchase import pay
 from app.purchase.paying import hook
 from app.purchase.release import Releaser
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.sealing import contact_aad, seal, sealing_keys
 from app.settings import Settings

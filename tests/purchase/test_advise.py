@@ -12,9 +12,9 @@ import pytest
 from app import keys
 from app.answers import Claimed, Waits
 from app.ledger.engine import create_engine
-from app.link import Link
 from app.providers.registry import Providers, open_providers
 from app.purchase.degrade.advise import Advisor, limits_of
+from app.redis.link import Link
 from app.scripts import Scripts
 from tests.ledger.shop import Shop, open_shop, until
 

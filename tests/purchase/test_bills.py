@@ -15,13 +15,13 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from app import bills as reading
-from app.bills import Biller
 from app.ledger import bills, refunds
 from app.ledger.engine import alone
 from app.providers.answer import Done
 from app.providers.payment import BillLine, RefundWanted
 from app.purchase.paying import hook
+from app.repair import bills as reading
+from app.repair.bills import Biller
 from tests.providers.server import SECRET, Shop
 from tests.purchase.money import PRICE, Money, money
 from tests.purchase.test_real_suppliers import CASES, Case, begun

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import audit
 from app.ledger import orders, outages, payments
 from app.providers.registry import Providers, open_providers
 from app.purchase.degrade.extend import Extender, out
+from app.repair import audit
 from tests.conftest import Stores
 from tests.ledger.shop import SALE, Shop, open_shop, until
 

@@ -27,11 +27,11 @@ from app.answers import Advised
 from app.keys import GROUP, SaleKeys
 from app.ledger import payments
 from app.ledger.engine import alone, passes
-from app.link import Link
 from app.providers.registry import Providers
 from app.purchase.admit import Admitter, Watched
 from app.purchase.degrade.extend import out
 from app.purchase.degrade.throttle import Limits, Signs, Slow, Throttle
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
 

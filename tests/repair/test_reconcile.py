@@ -9,11 +9,12 @@ import msgspec
 import pytest
 import structlog
 
-from app import reading, reconcile
 from app.answers import Old, Pulsed
 from app.embedded import Valkey
 from app.ledger import orders, outbox, sales
-from app.reconcile import SURE_AFTER, ItemBooks, compare
+from app.redis import reading
+from app.repair import reconcile
+from app.repair.reconcile import SURE_AFTER, ItemBooks, compare
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
 
@@ -168,7 +169,7 @@ async def test_a_primary_that_was_elected_is_not_waited_for(
 def alerts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kinds of the alerts that reconcile gives, as they come."""
     given: list[str] = []
-    monkeypatch.setattr("app.reconcile.alert", lambda kind, _why, **_facts: given.append(kind))
+    monkeypatch.setattr("app.repair.reconcile.alert", lambda kind, _why, **_facts: given.append(kind))
     return given
 
 

@@ -25,11 +25,11 @@ import structlog
 import uvicorn
 import uvloop
 
-from app import rsgi_lane
 from app.errors import CannotStart
-from app.overload import keep_looking
+from app.serving import rsgi_lane
+from app.serving.overload import keep_looking
+from app.serving.wire import Express, Lane, gate_of, http_protocol, limit_of_connections
 from app.settings import Settings
-from app.wire import Express, Lane, gate_of, http_protocol, limit_of_connections
 
 log = structlog.get_logger("serve")
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from app import contacts, sealing
+from app import sealing
+from app.buyer import contacts
 from app.sealing import (
     SealingKey,
     address_aad,
@@ -184,7 +185,7 @@ async def test_the_command_rotates_and_says_what_it_did(shop: Shop, tmp_path: Pa
     await winners(shop, "ann")
     environment = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         "FAIRDROP_DATABASE_URL": shop.settings.database_url,
         "FAIRDROP_PII_KEYS": f"{NEW},{OLD}",
     }

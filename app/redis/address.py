@@ -16,7 +16,7 @@ from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from app.errors import CannotStart
-from app.sentinel import SENTINEL_PORT, Sentinels
+from app.redis.sentinel import SENTINEL_PORT, Sentinels
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 REDIS_PORT = 6379

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from app import rsgi
-from app.overload import Gate
-from app.rsgi_lane import Lane
-from app.serve import Granian, listen
+from app.serving import rsgi
+from app.serving.overload import Gate
+from app.serving.rsgi_lane import Lane
+from app.serving.server import Granian, listen
 from app.settings import Settings
 from tests.sockets import clients
 

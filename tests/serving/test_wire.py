@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import uvicorn
 
-from app.serve import listen
+from app.serving.server import listen
+from app.serving.wire import Lane, http_protocol
 from app.settings import Settings
-from app.wire import Lane, http_protocol
 
 BUILT = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b"
 

@@ -14,7 +14,7 @@ import redis.asyncio as redis_async
 
 from app.answers import Gone, Taken
 from app.errors import CannotStart, DidNotHappen, Unknown
-from app.link import Link, Rejected
+from app.redis.link import Link, Rejected
 from app.scripts import LINE_LEAVE, Scripts, all_scripts
 from tests.sockets import nobody
 

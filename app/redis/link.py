@@ -21,7 +21,7 @@ from typing import Any, cast
 from hiredis import ProtocolError, Reader, ReplyError, pack_command
 
 from app.errors import CannotStart, DidNotHappen, Unknown
-from app.redis_address import Address
+from app.redis.address import Address
 from app.resources import scripts
 
 log = logging.getLogger("fairdrop.redis")
@@ -309,7 +309,7 @@ class Link:
         home_at: int | None = None,
         deadline_s: float | None = None,
     ) -> Reply:
-        """Make a call once more that was answered MOVED or ASK, at the node it names: see app.cluster.
+        """Make a call once more that was answered MOVED or ASK, at the node it names: see app.redis.cluster.
 
         home_at: where in args the run_id of the node stands. A server of its own has no other place: raises `error`.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from app.link import Link
+from app.redis.link import Link
 
 ENTRIES_A_CALL = (
     100  # at most, and few at first: what an entry of the next piece holds is known only once it is read

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from app import rebuild as rebuilding
 from app.answers import (
     Asked,
     Claimed,
@@ -27,7 +26,8 @@ from app.answers import (
 )
 from app.errors import DidNotHappen
 from app.ledger import confirming, orders
-from app.rebuild import NotNow, Report, rebuild
+from app.repair import rebuild as rebuilding
+from app.repair.rebuild import NotNow, Report, rebuild
 from app.sale.snapshot import ItemView
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
@@ -203,7 +203,7 @@ async def test_a_sale_that_cannot_be_mended_holds_up_no_other(
             raise DidNotHappen("its node is away")
         return type("Report", (), {"seconds": 0.1})()
 
-    monkeypatch.setattr("app.reconcile.rebuild", rebuild)
+    monkeypatch.setattr("app.repair.reconcile.rebuild", rebuild)
     shop.reconciler._homeless = dict.fromkeys(("sick", "a", "b"), (0, time.monotonic() - 60, "promoted"))
     with pytest.raises(DidNotHappen):
         await shop.reconciler.mend()

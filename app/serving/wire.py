@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.overload import Gate, keep_looking
+from app.serving.overload import Gate, keep_looking
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
@@ -411,6 +411,6 @@ def http_protocol(settings: Settings, express: Express | None = None) -> type[Wi
     """uvicorn's HTTP/1.1 with limits of its own: httptools has none.
 
     Size and time of a request's head, time of its body, requests sent ahead, connections; a gate for hot requests when
-    more come than the process can answer (app/overload.py). docs/limits.md lists them.
+    more come than the process can answer (app/serving/overload.py). docs/limits.md lists them.
     """
     return type("Wire", (Wire,), {"lane": Lane(settings, express)})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app import audit
+from app.repair import audit
 from app.settings import Settings
 from tests.office.conftest import Office, open_office, settings_for, write_order
 

@@ -20,7 +20,7 @@ import structlog
 from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import keys, reading
+from app import keys
 from app.alarm import alert
 from app.answers import (
     Armed,
@@ -36,11 +36,12 @@ from app.ledger import course, provider_routes, sales
 from app.ledger.course import Home
 from app.ledger.engine import alone
 from app.ledger.rebuilding import REBUILDING
-from app.link import Link
 from app.providers.routes import encode
 from app.purchase.admit import Admitter
 from app.purchase.confirm import claims_of, parse
-from app.rebuild import NotNow, rebuild
+from app.redis import reading
+from app.redis.link import Link
+from app.repair.rebuild import NotNow, rebuild
 from app.sale.publish import announce
 from app.scripts import Scripts
 from app.settings import Settings

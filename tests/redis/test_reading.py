@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from app import reading
-from app.link import Link
+from app.redis import reading
+from app.redis.link import Link
 
 pytestmark = pytest.mark.any_keys
 

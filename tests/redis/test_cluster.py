@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from app.cluster import Cluster, key_of, open_link, slot_of
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.keys import (
     ADVISOR,
@@ -21,7 +20,8 @@ from app.keys import (
     breaker_key,
     sms_limits,
 )
-from app.link import Link
+from app.redis.cluster import Cluster, key_of, open_link, slot_of
+from app.redis.link import Link
 from app.scripts import Scripts
 from app.worker import Streams
 from tests.conftest import Stores

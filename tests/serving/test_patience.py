@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.patience import Patience
+from app.serving.patience import Patience
 
 Message = dict[str, Any]
 

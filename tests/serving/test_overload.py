@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.overload import CALM_S, CROWD_MIN, LONG_TURNS, SLICE_S, Gate, retry_after_s
+from app.serving.overload import CALM_S, CROWD_MIN, LONG_TURNS, SLICE_S, Gate, retry_after_s
 
 TURN_S, WAIT_S, LOOK_S = 0.02, 0.025, 0.01
 

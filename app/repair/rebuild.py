@@ -28,7 +28,6 @@ from prometheus_client import Counter as Count
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import reading
 from app.answers import (
     Already,
     Fenced,
@@ -42,9 +41,10 @@ from app.ledger import journal, orders, payments, rebuilding, sales, sms
 from app.ledger.engine import alone, create_engine, sqlstate_of
 from app.ledger.rebuilding import NewEpoch
 from app.ledger.sales import Sale
-from app.link import Link
 from app.purchase.confirm import Confirmer, claims_of, cut
 from app.purchase.told import status_json
+from app.redis import reading
+from app.redis.link import Link
 from app.sale.publish import announce, publish_fields
 from app.scripts import Scripts
 from app.settings import Settings

@@ -14,9 +14,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from app.errors import CannotStart
-from app.serve import Lifespan, _Uvicorn, listen, listen_together, serve_uvicorn
+from app.serving.server import Lifespan, _Uvicorn, listen, listen_together, serve_uvicorn
+from app.serving.wire import http_protocol
 from app.settings import Settings
-from app.wire import http_protocol
 
 
 def test_several_sockets_share_a_port_with_each_other_and_with_nobody_else() -> None:

@@ -16,10 +16,10 @@ import psutil
 import pytest
 import uvicorn
 
-from app import wire
-from app.serve import drop_who_does_not_read, listen
+from app.serving import wire
+from app.serving.server import drop_who_does_not_read, listen
+from app.serving.wire import http_protocol, limit_of_connections
 from app.settings import Settings
-from app.wire import http_protocol, limit_of_connections
 from tests.sockets import clients
 
 POST = b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"

@@ -2,8 +2,8 @@
 
 granian reads and writes HTTP in a thread of Rust and brings each request, and later its body, in a second thread that
 holds Python's lock. There the head is looked at and the body asked for; the event loop is called once, when both are
-known, and answers from whatever callback knows the answer. Anything else is a task of its own, by ASGI (app/rsgi.py):
-what is not hot, a chunked or a large body. docs/adr/0008 has what each costs.
+known, and answers from whatever callback knows the answer. Anything else is a task of its own, by ASGI (rsgi.py): what
+is not hot, a chunked or a large body. docs/adr/0008 has what each costs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from app import rsgi
-from app.overload import Gate
-from app.patience import TOO_SLOW, Patience
+from app.serving import rsgi
+from app.serving.overload import Gate
+from app.serving.patience import TOO_SLOW, Patience
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]
@@ -30,7 +30,7 @@ _CLOSE = ("connection", "close")
 
 @runtime_checkable
 class Express(Protocol):
-    """An application's express lane, as in app/wire.py; the answer in parts, not as bytes."""
+    """An application's express lane, as in app/serving/wire.py; the answer in parts, not as bytes."""
 
     def hot(self, method: bytes, path: bytes) -> Hot | None:
         """What answers this request, or None. Called in granian's thread."""
@@ -122,7 +122,7 @@ class Lane:
         self._loop.call_later(self._body_within_s / 2, self._look)
 
     def turns_away(self, scope: rsgi.Scope) -> bool:
-        """What app.wire asks before it reads: whether this request would wait too long."""
+        """What app.serving.wire asks before it reads: whether this request would wait too long."""
         gate, express = self.gate, self.express
         assert gate is not None
         assert express is not None

@@ -10,12 +10,12 @@ from urllib.parse import quote
 import hiredis
 import pytest
 
-from app import sentinel
 from app.embedded import Valkey
 from app.errors import CannotStart, DidNotHappen
-from app.link import Link
-from app.redis_address import Address
-from app.sentinel import Sentinels
+from app.redis import sentinel
+from app.redis.address import Address
+from app.redis.link import Link
+from app.redis.sentinel import Sentinels
 from tests.sockets import nobody
 
 WITHIN_S = 60.0

@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from app.errors import CannotStart, DidNotHappen, Unknown
-from app.link import CALLS_MAX, CANNOT_CONNECT, CONNECT_DEADLINE_S, Arg, Link, Rejected, Reply, pack
-from app.redis_address import REDIS_PORT, place_of
+from app.redis.address import REDIS_PORT, place_of
+from app.redis.link import CALLS_MAX, CANNOT_CONNECT, CONNECT_DEADLINE_S, Arg, Link, Rejected, Reply, pack
 
 log = logging.getLogger("fairdrop.redis")
 

@@ -37,21 +37,23 @@ from typing import Any
 from prometheus_client import Gauge
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from app import reading
 from app.errors import DidNotHappen
 from app.keys import SaleKeys
 from app.ledger import books, journal, sales
 from app.ledger.books import ItemBooks
 from app.ledger.sales import Sale
-from app.link import Link
 from app.purchase.confirm import Claim, Entry, parse
+from app.redis import reading
+from app.redis.link import Link
 
 TRIES = 5  # readings until two in a row find Postgres unmoved
 TRY_EVERY_S = 0.05
 BACKLOG_READ_MAX = 200_000  # claims in flight that are looked at: twice the default cap
 STATES_PAGE = 5_000  # orders compared at once
 
-HOLDS = Gauge("fairdrop_invariant_holds", "1 while an invariant holds (see app/audit.py)", ["sale", "name"])
+HOLDS = Gauge(
+    "fairdrop_invariant_holds", "1 while an invariant holds (see app/repair/audit.py)", ["sale", "name"]
+)
 
 # The ticket's byte that goes with an order's state.
 _BYTES = {
