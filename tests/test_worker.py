@@ -30,9 +30,12 @@ from app.keys import GROUP, SaleKeys
 from app.ledger import confirming, orders
 from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer, claims_of
+from app.purchase.feed import READ_MAX, ConfirmLoop
 from app.repair.reconcile import Reconciler
 from app.settings import Settings
-from app.worker import READ_MAX, ConfirmLoop, Health, Streams, Worker, create_app, keep_going
+from app.work.loops import Health, keep_going
+from app.work.streams import Streams
+from app.worker import Worker
 from tests.ledger.shop import SALE, Shop, open_shop, settings_of, until
 
 QUICK: dict[str, Any] = {
@@ -143,8 +146,8 @@ async def test_a_stream_is_missing_only_from_a_sale_that_is_open(
 ) -> None:
     """One that is made anew has none for a moment: no alert, and it is read as soon as it is there again."""
     given: list[str] = []
-    monkeypatch.setattr("app.worker.alert", lambda kind, _why, **_facts: given.append(kind))
-    monkeypatch.setattr("app.worker.SHUT_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("app.work.streams.alert", lambda kind, _why, **_facts: given.append(kind))
+    monkeypatch.setattr("app.work.streams.SHUT_LOOK_EVERY_S", 0.0)
     await shop.publish(3)
     streams = Streams(shop.link, "me", lambda sale: SaleKeys(sale).orders)
     await shop.scripts.sale_fence(sale=SALE, epoch=1)
@@ -367,7 +370,7 @@ async def test_postgres_goes_down_and_comes_back_and_no_claim_is_lost(shop: Shop
 
         await until(admitted, "the line moves without Postgres")
         assert await shop.backlog() == 23
-        transport = httpx.ASGITransport(create_app(worker))
+        transport = httpx.ASGITransport(worker.probes())
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             answer = await client.get("/readyz")
             assert answer.status_code == 503
@@ -586,7 +589,7 @@ async def test_metrics_are_for_the_allowed_networks_only(shop: Shop) -> None:
     worker = Worker(shop.settings)
     try:
         for host, status in (("127.0.0.1", 200), ("192.0.2.1", 403)):
-            transport = httpx.ASGITransport(create_app(worker), client=(host, 1))
+            transport = httpx.ASGITransport(worker.probes(), client=(host, 1))
             async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
                 answer = await client.get("/metrics")
                 assert answer.status_code == status
@@ -601,7 +604,7 @@ async def test_the_probes_refuse_with_problem_documents_like_the_other_processes
     """Operators' tools read one shape of all three: these were bare texts, and `reasons` was an object here only."""
     worker = Worker(shop.settings)
     try:
-        transport = httpx.ASGITransport(create_app(worker), client=("192.0.2.1", 1))
+        transport = httpx.ASGITransport(worker.probes(), client=("192.0.2.1", 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             for method, path, status, code in (
                 ("GET", "/metrics", 403, "forbidden"),

@@ -43,6 +43,7 @@ from app.redis.link import Link
 from app.scripts import Scripts
 from app.sealing import sealing_keys
 from app.settings import Settings
+from app.work.streams import Entry
 
 SEQ_MAX = 2**53 - 1  # Redis' and Lua's integers
 MARKS_MAX = 500  # tickets told in one call: the server answers others within a millisecond
@@ -89,9 +90,6 @@ class Bad(NamedTuple):
     name: str
     raw: bytes
     reason: str
-
-
-Entry = tuple[bytes, Sequence[bytes]]
 
 
 def claims_in(entry: Entry) -> int:

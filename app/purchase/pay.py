@@ -33,14 +33,14 @@ from app.providers.answer import other_may
 from app.providers.guard import GuardedPayment
 from app.providers.payment import AttemptRef, Captured, Link, LinkWanted
 from app.providers.registry import Providers
-from app.purchase.leased import Pace, again_and_again, backoff_s, held, work_off
-from app.purchase.lookout import LOOK_EVERY_S, Lookout
 from app.purchase.paying import attempt, failover
 from app.purchase.paying.evidence import SETTLED, Evidence, take_evidence, weigh_late
 from app.purchase.paying.refund import send_refund
 from app.scripts import Scripts
 from app.sealing import CannotOpen, SealingKey, address_aad, payer_aad, sealing_keys, unseal
 from app.settings import Settings
+from app.work.leased import Pace, again_and_again, backoff_s, held, work_off
+from app.work.lookout import LOOK_EVERY_S, Lookout
 
 Row = dict[str, Any]
 log = structlog.get_logger()

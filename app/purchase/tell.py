@@ -30,12 +30,12 @@ from app.providers.answer import Answer, Done, MaybeDone, NotDone, Refused
 from app.providers.payment import HookForged
 from app.providers.registry import Providers
 from app.providers.sms import ReportsByToken, ReportsStatus, Sent, Text
-from app.purchase.leased import again_and_again, backoff_s, work_off
-from app.purchase.lookout import Lookout
 from app.scripts import Scripts
 from app.sealing import CannotOpen, SealingKey, contact_aad, number_index, sealing_keys, unseal
 from app.settings import Settings
 from app.texts import KINDS, Kind, language_of, render, values
+from app.work.leased import again_and_again, backoff_s, work_off
+from app.work.lookout import Lookout
 
 Row = dict[str, Any]
 log = structlog.get_logger()

@@ -42,9 +42,10 @@ from app.keys import SaleKeys
 from app.ledger import books, journal, sales
 from app.ledger.books import ItemBooks
 from app.ledger.sales import Sale
-from app.purchase.confirm import Claim, Entry, parse
+from app.purchase.confirm import Claim, parse
 from app.redis import reading
 from app.redis.link import Link
+from app.work.streams import Entry
 
 TRIES = 5  # readings until two in a row find Postgres unmoved
 TRY_EVERY_S = 0.05

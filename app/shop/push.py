@@ -25,13 +25,13 @@ from app.breaker import Breaker, Event, Permit, Result, Rules, State
 from app.ledger import deliveries, journal
 from app.ledger.deliveries import Target
 from app.ledger.engine import alone
-from app.purchase.leased import again_and_again, work_off
-from app.purchase.lookout import Lookout
 from app.purchase.told import instant
 from app.sealing import CannotOpen, SealingKey, sealing_keys, unseal, webhook_aad
 from app.settings import Settings
 from app.shop.signature import headers
 from app.shop.wire import Address, Answered, NotAnswered, Outcome, Refused
+from app.work.leased import again_and_again, work_off
+from app.work.lookout import Lookout
 
 Row = dict[str, Any]
 log = structlog.get_logger()

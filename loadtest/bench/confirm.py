@@ -33,10 +33,11 @@ from app.keys import GROUP, SaleKeys
 from app.ledger import events, migrate
 from app.ledger.engine import create_engine
 from app.ledger.orders import order_no
-from app.purchase.confirm import Confirmer, Entry, parse
+from app.purchase.confirm import Confirmer, parse
 from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
+from app.work.streams import Entry
 from loadtest.bench.machine import cpu_s, family
 from loadtest.bench.results import Found, Plan, Sheet, at_least, spread
 from loadtest.bench.rounds import Void

@@ -22,13 +22,13 @@ from app.ledger import events
 from app.ledger.engine import create_engine
 from app.purchase.admit import Admitter
 from app.purchase.confirm import Confirmer, Entry, claims_of
-from app.purchase.lookout import Lookout
 from app.purchase.release import PayAsk, Releaser
 from app.redis.link import Link
 from app.repair.reconcile import Books, Reconciler, compare
 from app.scripts import Scripts
 from app.settings import Settings
-from app.worker import Health, keep_going
+from app.work.lookout import Lookout
+from app.work.loops import Health, keep_going
 
 SALE = "drop"
 

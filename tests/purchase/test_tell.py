@@ -23,8 +23,8 @@ from app.providers.guard import Guard, GuardedSms, GuardRules
 from app.providers.routes import Routes
 from app.providers.sms import Sent, Text
 from app.purchase import tell
-from app.purchase.lookout import Lookout
 from app.texts import Kind
+from app.work.lookout import Lookout
 from tests.ledger.shop import looking_out
 from tests.providers.server import Shop, sandbox, until
 from tests.purchase.money import Money, money

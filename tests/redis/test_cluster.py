@@ -23,7 +23,7 @@ from app.keys import (
 from app.redis.cluster import Cluster, key_of, open_link, slot_of
 from app.redis.link import Link
 from app.scripts import Scripts
-from app.worker import Streams
+from app.work.streams import Streams
 from tests.conftest import Stores
 from tests.ha.redis_cluster import RedisCluster
 

@@ -12,7 +12,7 @@ from app.ledger import refunds
 from app.providers.answer import Done, MaybeDone, NotDone, Refused
 from app.providers.guard import GuardedPayment
 from app.providers.payment import RefundState, RefundWanted
-from app.purchase.leased import backoff_s, held
+from app.work.leased import backoff_s, held
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.ledger import due
 from app.ledger.due import Due, Kind
 from app.ledger.engine import create_engine
-from app.purchase.lookout import ASK_YOURSELVES_S, Lookout
+from app.work.lookout import ASK_YOURSELVES_S, Lookout
 from tests.ledger.shop import looking_out, settings_of
 from tests.providers.server import until
 

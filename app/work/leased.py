@@ -17,7 +17,8 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.errors import DidNotHappen, Unknown
-from app.purchase.lookout import LOOK_EVERY_S, Lookout
+from app.work.lookout import LOOK_EVERY_S, Lookout
+from app.work.loops import first_of
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -158,15 +159,3 @@ async def again_and_again(
         await first_of(stopping, None, every_s)
         if bell is not None:
             await first_of(stopping, bell)
-
-
-async def first_of(
-    stopping: asyncio.Event, bell: asyncio.Event | None, within_s: float | None = None
-) -> None:
-    """Wait until one of them is set, or for `within_s`."""
-    waiting = [asyncio.ensure_future(event.wait()) for event in (stopping, bell) if event is not None]
-    try:
-        await asyncio.wait(waiting, timeout=within_s, return_when="FIRST_COMPLETED")
-    finally:
-        for one in waiting:
-            one.cancel()

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.purchase import leased
-from app.purchase.lookout import Lookout
+from app.work import leased
+from app.work.lookout import Lookout
 from tests.providers.server import until
 
 
