@@ -11,8 +11,9 @@ import pytest
 
 from app.breaker import State
 from app.ledger import payments
-from app.purchase import leased, pay
+from app.purchase import pay
 from app.purchase.paying import failover
+from app.work import leased
 from tests.providers.server import Shop, sandbox, until
 from tests.purchase.money import Money, money
 

@@ -13,8 +13,9 @@ import pytest
 from app.ledger import orders, payments, refunds
 from app.providers import sandbox_wire
 from app.providers.payment import HookRefundFailed
-from app.purchase import leased, pay
+from app.purchase import pay
 from app.purchase.paying import evidence, hook
+from app.work import leased
 from tests.ledger.shop import looking_out
 from tests.providers.server import SECRET, Shop, until
 from tests.purchase.money import PRICE, Money, money

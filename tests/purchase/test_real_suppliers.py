@@ -12,8 +12,9 @@ from typing import Any, cast
 import pytest
 
 from app.ledger import orders, payments, refunds
-from app.purchase import leased, pay
+from app.purchase import pay
 from app.purchase.paying import hook, refund
+from app.work import leased
 from tests.providers.server import Shop, until
 from tests.providers.standins import loopback
 from tests.providers.standins.alipay_gateway import AlipayGateway
