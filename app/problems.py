@@ -34,7 +34,7 @@ class Code(NamedTuple):
 
 
 CODES: dict[str, Code] = {
-    "malformed": Code(400, "Not JSON", "Send one JSON document in UTF-8."),
+    "malformed": Code(400, "Malformed", "Send one JSON document in UTF-8."),
     "auth_missing": Code(
         401, "No identity", "Send Authorization: Bearer <JWT> or Authorization: Pass <pass>."
     ),

@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.serving.overload import Gate, keep_looking
+from app.serving.patience import TOO_SLOW
 from app.settings import Settings
 
 Headers = Mapping[bytes, bytes]  # names in lower case; of a repeated header the last one counts
@@ -71,16 +73,37 @@ TOO_LARGE = (
     b'{"type":"urn:fairdrop:problem:head_too_large","title":"Headers too large","status":431,"code":"head_too_large",'
     b'"detail":"Request line and headers are too large.","request_id":"","errors":[]}'
 )
+NOT_HTTP = (
+    b'{"type":"urn:fairdrop:problem:malformed","title":"Malformed","status":400,"code":"malformed",'
+    b'"detail":"This is no HTTP/1.1 request that can be read.","request_id":"","errors":[]}'
+)
 
 
-async def _head_too_large(_scope: Any, _receive: Any, send: Any) -> None:
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", str(len(TOO_LARGE)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": 431, "headers": headers})
-    await send({"type": "http.response.body", "body": TOO_LARGE})
+def _last(status: bytes, body: bytes) -> bytes:
+    """A problem as the last response of a connection."""
+    return (
+        b"HTTP/1.1 %b\r\ncontent-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+        % (status, len(body), body)
+    )
+
+
+def _refuses(status: int, body: bytes) -> Any:
+    """The same as an application, for a request whose turn is still to come."""
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        headers = [
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+_head_too_large = _refuses(431, TOO_LARGE)
+_not_http = _refuses(400, NOT_HTTP)
 
 
 def limit_of_connections(wanted: int) -> int:
@@ -150,8 +173,9 @@ class Wire(HttpToolsProtocol):
     _still = (0, True)  # (heads, in a head) as it has been since then, and since when
     _still_since = 0.0
     _running: RequestResponseCycle | None = None  # what ASGI answers now
-    _refused = False  # one connection too many: nothing of it is read
+    _refused = False  # it has had its last response: nothing more of it is read
     _under_way = False  # the gate counts a request of this client
+    _owed = 0  # bytes of the body of a request for an upgrade that are still to come
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -163,15 +187,21 @@ class Wire(HttpToolsProtocol):
         self.lane.watch(self.loop)
 
     def _crowded_out(self) -> None:
-        """One connection too many: 503 without reading, then the end.
+        """One connection too many: 503 without reading, then the end."""
+        self._hang_up(CROWDED_OUT)
 
-        Our side is shut first: closing with the request unread would reset the connection, and the 503 with it.
+    def _hang_up(self, response: bytes) -> None:
+        """Write a last response, read no more, and end the connection.
+
+        Our side is shut first: closing with anything unread would reset the connection, and the response with it.
         """
         self.connections.discard(self)
         self._refused = True
-        self.transport.write(CROWDED_OUT)
+        self.transport.write(response)
         if self.transport.can_write_eof():
             self.transport.write_eof()
+        if self._watch is not None:
+            self._watch.cancel()
         self._watch = self.loop.call_later(LINGER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -198,7 +228,10 @@ class Wire(HttpToolsProtocol):
         elif now - self._still_since >= (
             self.lane.head_within_s if self._in_head else self.lane.body_within_s
         ):
-            self.transport.close()
+            if self._in_head:
+                self.transport.close()
+            else:
+                self._end(b"408 Request Timeout", TOO_SLOW)
             return
         idle_since = self._idle_since
         if idle_since is not None and now - idle_since >= self.lane.keep_alive_s:
@@ -213,16 +246,54 @@ class Wire(HttpToolsProtocol):
             self._read(data)
 
     def _read(self, data: bytes) -> None:
+        if self._owed:
+            self._read_owed(data)
+            return
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserError:
+            self._end(b"400 Bad Request", NOT_HTTP)
+            return
+        except HttpParserUpgrade as upgrade:
+            # Nobody is upgraded here, so the request is one like any other (RFC 9110, 7.8). To the parser it ends
+            # with its head; Java's HttpClient asks for HTTP/2 in this way with its first request, body and all.
+            rest = data[upgrade.args[0] :]
+            if rest and not self._refused and not self.transport.is_closing():
+                self._read(rest)
+            return
         if self._in_head and self._head_bytes > self.lane.head_max_bytes and not self.transport.is_closing():
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-                b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-                % (len(TOO_LARGE), TOO_LARGE)
-            )
+            self._end(b"431 Request Header Fields Too Large", TOO_LARGE)
+
+    def _read_owed(self, data: bytes) -> None:
+        """The body that the parser did not read, and what is behind it."""
+        body, rest = data[: self._owed], data[self._owed :]
+        self._owed -= len(body)
+        super().on_body(body)
+        if not self._owed:
+            self.on_message_complete()
+            if rest:
+                self._read(rest)
+
+    def _end(self, status: bytes, body: bytes) -> None:
+        """Refuse what is arriving and end the connection.
+
+        Without a word if an earlier request still waits for its answer, or this one's has begun: what is written
+        now would be taken for that.
+        """
+        cycle = self.cycle
+        earlier = self._answering or bool(self.pipeline)
+        if cycle is not None and not cycle.response_complete:
+            earlier = earlier or self._in_head or cycle.response_started
+        if earlier or self.transport.is_closing():
             self.transport.close()
+            return
+        if cycle is not None:
+            cycle.disconnected = True  # the rest of its body will never come
+            cycle.message_event.set()
+        self._hang_up(_last(status, body))
 
     # the gate
 
@@ -328,6 +399,13 @@ class Wire(HttpToolsProtocol):
         self.expect_100_continue = any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in headers
         )
+        if self.parser.should_upgrade():
+            told = dict(headers)
+            if b"transfer-encoding" in told:  # the parser, which alone could read it, does not
+                self.app = _not_http
+                self._refused = True
+            else:
+                self._owed = int(told.get(b"content-length", b"0"))
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -337,6 +415,8 @@ class Wire(HttpToolsProtocol):
             self._hot_body += body
 
     def on_message_complete(self) -> None:
+        if self._owed:
+            return
         hot = self._hot
         if hot is None:
             super().on_message_complete()

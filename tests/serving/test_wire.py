@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from app.problems import CODES
 from app.serving.server import listen
 from app.serving.wire import Lane, http_protocol
 from app.settings import Settings
@@ -177,6 +179,73 @@ async def test_what_is_out_of_the_ordinary_goes_the_ordinary_way(request_: bytes
                 assert read, said
                 said += read
         assert front.shop.lane == 0
+        writer.close()
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("cut", [0, 8, 200], ids=["at once", "body later", "body in two"])
+async def test_who_asks_for_another_protocol_is_served_in_this_one(cut: int) -> None:
+    """Java's HttpClient asks for HTTP/2 with its first request. The parser leaves its body to the other protocol."""
+    first = b"POST /hot HTTP/1.1\r\nHost: x\r\n" + H2C + b"Content-Length: 6\r\n\r\nabcdef"
+    sent = first + get(b"/cold/2", b"Upgrade: h2c", b"Connection: Upgrade") + get(b"/hot")
+    cut = {0: 0, 8: len(first) - 6, 200: len(first) - 3}[cut]
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        if cut:
+            writer.write(sent[:cut])
+            await until(lambda: [one for one in front.server.server_state.connections if one._owed])  # type: ignore[union-attr]
+        writer.write(sent[cut:])
+        assert await answers(reader, 3) == [b"asgi /hot abcdef", b"asgi /cold/2 ", b"asgi /hot "]
+        writer.close()
+
+
+NO_HTTP = {
+    "no HTTP": b"\x16\x03\x01 hello\r\n\r\n",
+    "no length": b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: six\r\n\r\nabcdef",
+    "a chunk that breaks off": b"POST /cold HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\nzz\r\n",
+    "a chunked upgrade": b"POST /cold HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    + H2C
+    + b"\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("case", NO_HTTP)
+async def test_what_cannot_be_read_is_refused_with_a_problem_and_the_last_of_its_connection(
+    case: str,
+) -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(NO_HTTP[case])
+        said = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        head, _, body = said.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"content-type: application/problem+json" in head
+        assert b"connection: close" in head
+        problem = json.loads(body)
+        assert (problem["status"], problem["code"]) == (400, "malformed")
+        assert problem["title"] == CODES["malformed"].title
+        assert b"HTTP/1.1 200" not in said
+
+
+@pytest.mark.parametrize("path", [b"/hot/later", b"/cold"])
+async def test_a_refusal_never_stands_where_the_answer_to_an_earlier_request_belongs(path: bytes) -> None:
+    async with serving() as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(get(path) + b"garbage\r\n\r\n")
+        assert await asyncio.wait_for(reader.read(), 60) in (b"", BUILT % (11, b"", b"asgi /cold "))
+        writer.close()
+
+
+async def test_a_body_that_does_not_come_in_time_is_told_so() -> None:
+    async with serving(body_within_s=0.2) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(b"POST /hot HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\nabc")
+        said = await asyncio.wait_for(reader.read(), 60)
+        assert said.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in said
         writer.close()
 
 
