@@ -341,7 +341,7 @@ class HotRoutes:
 
     async def _preflight(self, send: Send, headers: Headers) -> None:
         sent = self._origins.preflight(headers[b"origin"])
-        sent += [(b"content-length", b"0"), (b"x-request-id", request_id_of(headers))]
+        sent.append((b"x-request-id", request_id_of(headers)))
         await send({"type": "http.response.start", "status": 204, "headers": sent})
         await send({"type": "http.response.body", "body": b""})
 

@@ -15,7 +15,9 @@ def headers_of(request: Request) -> dict[bytes, bytes]:
 
 def respond(request: Request, answer: Answer) -> Response:
     response = Response(answer.body, status_code=answer.head.status)
-    response.raw_headers = [*answer.head.headers, (b"content-length", b"%d" % len(answer.body))]
+    response.raw_headers = [*answer.head.headers]
+    if answer.head.status not in (204, 304):  # neither has a body of its own (RFC 9110, 8.6)
+        response.raw_headers.append((b"content-length", b"%d" % len(answer.body)))
     if request.scope.get("fairdrop.request_id") is None:
         response.raw_headers.append((b"x-request-id", request_id_of(headers_of(request))))
     return response

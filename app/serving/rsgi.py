@@ -52,10 +52,12 @@ async def as_asgi(
     headers = [(name.encode(), value.encode()) for name, value in scope.headers.items()]
     pieces: AsyncIterator[bytes] | None = None
     missing = 0  # bytes of the body that are still to come, if the head says how many
+    chunked = False
     for name, value in headers:
         if name == b"content-length" and value.isdigit():
             missing = int(value)
-        if missing or name == b"transfer-encoding":
+        chunked = chunked or name == b"transfer-encoding"
+        if missing or chunked:
             pieces = pieces or aiter(exchange)
     begun = False  # the body has been read from the beginning
     start: Message = {}
@@ -85,9 +87,9 @@ async def as_asgi(
         status, body = start["status"], message.get("body", b"")
         if stream is None:
             texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
-            if (
-                pieces is not None or closing()
-            ):  # granian hangs up on a body that was not read to its end: say so
+            # granian hangs up on a body that was not read to its end, and on a chunked one that breaks off, which looks
+            # like its end from here: say so
+            if (pieces is not None or chunked or closing()) and ("connection", "close") not in texts:
                 texts.append(("connection", "close"))
             if not message.get("more_body", False):
                 if body:

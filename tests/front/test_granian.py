@@ -125,3 +125,40 @@ async def test_a_client_of_granian_that_leaves_before_its_answer_harms_nobody(
     leaving.cancel()
     assert (await granian.post(TICKETS, json=BODY, headers=ME)).status_code == 202
     assert (await granian.get("/healthz")).status_code == 200
+
+
+async def raw(granian: httpx.AsyncClient, sent: bytes) -> tuple[bytes, bytes]:
+    """Head and body of all that a connection of its own is told before it ends."""
+    reader, writer = await asyncio.open_connection(granian.base_url.host, granian.base_url.port)
+    writer.write(sent)
+    head, _, body = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
+    writer.close()
+    return head.lower(), body
+
+
+async def test_granian_says_that_a_connection_ends_behind_a_chunked_body_that_breaks_off(
+    granian: httpx.AsyncClient,
+) -> None:
+    head, _ = await raw(
+        granian,
+        b"POST /v1/sales/x/pass HTTP/1.1\r\nHost: x\r\nX-Buyer-Id: b\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n\r\n",
+    )
+    assert head.count(b"connection: close") == 1
+
+
+async def test_an_answer_without_a_body_has_no_length_either(
+    front: Front, shop: Shop, seen: Seen, granian: httpx.AsyncClient
+) -> None:
+    """RFC 9110, 8.6: not with 204, and with 304 it would be that of the document that is not sent."""
+    await shop.publish("x", units=5)
+    await seen()
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    for http in (front.http, granian):
+        for path in ("/v1/sales", "/v1/sales/x", "/v1/sales/x/board", "/v1/sales/x/draw"):
+            unchanged = await http.get(path, headers={"If-None-Match": "*"})
+            assert unchanged.status_code == 304
+            assert "content-length" not in unchanged.headers, path
+        allowed = await http.options(TICKETS, headers=preflight)
+        assert allowed.status_code == 204
+        assert "content-length" not in allowed.headers
