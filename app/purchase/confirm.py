@@ -251,7 +251,8 @@ class Confirmer:
     ) -> dict[str, Told]:
         """The usual case: all are new, all fit."""
         terms = await confirming.terms(conn, sale)
-        if terms is None or not all(_current(terms, claim) for claim in claims):
+        one_of_each = {(claim.sku, claim.epoch): claim for claim in claims}.values()
+        if terms is None or not all(_current(terms, claim) for claim in one_of_each):
             raise _LookAgain
         new = await self._new_orders(conn, sale, claims, terms, contacts)
         await confirming.copy_orders(conn, new)
