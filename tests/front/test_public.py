@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ import pytest
 from app import draw as drawing
 from tests.front.conftest import ORIGIN, SEED, Front, Open, Shop, until
 from tests.front.wire import Wire, crowd, join_bytes
+from tests.machine import mostly_within
 
 Seen = Callable[..., Awaitable[Any]]
 
@@ -54,28 +56,30 @@ async def test_a_switch_is_live_on_every_door_within_200_ms(open_door: Open, sho
     await shop.publish()
     for door in doors:
         await seen(door=door)
-    took = []
-    for paused, word in (*((1, "paused"), (0, "open")) * 2, (1, "paused")):
-        began = time.monotonic()
+    words = itertools.cycle(((1, "paused"), (0, "open")))
+
+    async def switch() -> None:
+        paused, word = next(words)
         await shop.switch("x", paused=paused)
         for door in doors:
             snapshots = door.app.door.snapshots
-            await until(lambda s=snapshots, w=word: s.state(s.get("x")) == w, 2)  # type: ignore[misc]
+            await until(lambda s=snapshots, w=word: s.state(s.get("x")) == w)  # type: ignore[misc]
             assert (await door.http.get("/v1/sales/x/board")).json()["state"] == word
-        took.append(time.monotonic() - began)
-    assert sorted(took)[2] < 0.2, took  # the median: one or two may meet a busy machine
+
+    await mostly_within(0.2, switch)
 
 
 @pytest.mark.serial
 async def test_a_new_sale_is_seen_within_200_ms(open_door: Open, shop: Shop) -> None:
     front = await open_door(snapshot_every_ms=100)
-    took = []
-    for number in range(5):
-        began = time.monotonic()
-        await shop.publish(f"s{number}")
-        await until(lambda n=number: front.app.door.snapshots.get(f"s{n}"), 2)  # type: ignore[misc]
-        took.append(time.monotonic() - began)
-    assert sorted(took)[2] < 0.2, took
+    numbers = itertools.count()
+
+    async def publish() -> None:
+        name = f"s{next(numbers)}"
+        await shop.publish(name)
+        await until(lambda: front.app.door.snapshots.get(name))
+
+    await mostly_within(0.2, publish)
 
 
 async def test_sales_are_listed_by_state_and_page(front: Front, shop: Shop, seen: Seen) -> None:
