@@ -63,10 +63,10 @@ async def at_work(shop: Shop, **changed: Any) -> AsyncIterator[Worker]:
         yield worker
     finally:
         worker.stopping.set()
-        await asyncio.wait_for(working, 60)
+        await asyncio.wait_for(working, 180)
 
 
-async def reserved(shop: Shop, count: int, within_s: float = 60.0) -> None:
+async def reserved(shop: Shop, count: int, within_s: float = 180.0) -> None:
     async def there() -> bool:
         try:
             async with shop.engine.connect() as conn:
@@ -186,7 +186,7 @@ async def test_a_worker_at_rest_asks_postgres_one_question_for_all_its_loops(sho
             async def enough() -> bool:
                 return looks >= times
 
-            await until(enough, f"{times} looks", 30.0)
+            await until(enough, f"{times} looks")
 
         await looked(10)  # every loop has looked once by itself
         others.clear()
@@ -680,7 +680,7 @@ async def test_the_process_answers_its_probes_and_ends_on_sigterm(shop: Shop, tm
             await until(ready, "ready")
         await reserved(shop, 10)
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 60) == 0
+        assert await asyncio.wait_for(process.wait(), 180) == 0
     finally:
         if process.returncode is None:
             process.kill()

@@ -58,7 +58,7 @@ class Stage:
             await advisor.turn()
             return ((await self.said())["slow"] is not None) is slowed
 
-        await until(done, f"slowed down: {slowed}", 30)
+        await until(done, f"slowed down: {slowed}")
 
 
 @asynccontextmanager
@@ -203,7 +203,7 @@ async def test_a_paused_sale_is_not_slowed_and_a_closed_one_is_forgotten(stage: 
 
 
 async def test_two_links_of_two_workers_agree_on_who_advises(stage: Stage, redis_url: str) -> None:
-    other_link = Link(redis_url, name="other")
+    other_link = Link(redis_url, deadline_s=30, name="other")
     await other_link.start()
     try:
         one, two = stage.advisor(), stage.advisor()

@@ -312,7 +312,7 @@ async def test_the_command_reads_a_bill_and_says_what_differs(till: Money) -> No
             sys.executable, "-m", "app.cli", "reconcile-bill", *words, env=environment,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             out, err = await process.communicate()
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()

@@ -107,7 +107,7 @@ async def test_of_many_races_between_ending_and_paying_none_leaves_an_ended_orde
         await till.releaser.expire()
         return not await till.sql("SELECT 1 FROM purchase_order WHERE state = 'reserved'")
 
-    await until(all_ended, 20)
+    await until(all_ended)
     await till.balanced()
 
 

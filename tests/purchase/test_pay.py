@@ -18,7 +18,7 @@ from app.purchase.paying import evidence, hook
 from app.work import leased
 from tests.ledger.shop import looking_out
 from tests.providers.server import SECRET, Shop, until
-from tests.purchase.money import PRICE, Money, money
+from tests.purchase.money import PRICE, Money, hasty, money
 
 # Links
 
@@ -155,6 +155,7 @@ async def test_too_late_for_a_link_means_no_link(till: Money) -> None:
 # Unknown answers
 
 
+@hasty
 async def test_a_link_whose_answer_was_lost_is_closed_before_the_buyer_gets_another(till: Money) -> None:
     await till.shop.control(payments={"lost_rate": 1, "only": ["create"]})
     number = await till.reserve("ann")
@@ -175,6 +176,7 @@ async def _first_state(till: Money, number: str, state: str) -> bool:
     return (await till.attempts(number))[0][0] == state
 
 
+@hasty
 async def test_pays_then_times_out_is_paid_once(till: Money) -> None:
     """The create call times out, and the buyer pays all the same."""
     till.hooks_on = False
@@ -189,6 +191,7 @@ async def test_pays_then_times_out_is_paid_once(till: Money) -> None:
     await till.balanced()
 
 
+@hasty
 async def test_while_the_supplier_does_not_answer_the_order_stays_reserved(till: Money) -> None:
     number = await till.reserve("ann")
     async with till.loops():
@@ -204,7 +207,7 @@ async def test_while_the_supplier_does_not_answer_the_order_stays_reserved(till:
         await till.end(number)
         return await till.state(number) == "expired"
 
-    await until(ended, 20)
+    await until(ended)
     assert next(iter(till.shop.state.pays.values())).state == "closed"
     await till.balanced()
 
@@ -221,6 +224,7 @@ async def test_an_error_before_anything_was_done_is_repeated_with_the_same_key(t
     await till.balanced()
 
 
+@hasty
 async def test_a_worker_killed_in_the_middle_of_a_call_is_recovered_by_query(till: Money) -> None:
     await till.shop.control(payments={"lost_rate": 1, "only": ["create"]})
     number = await till.reserve("ann")
@@ -629,6 +633,7 @@ async def _amount_is(till: Money, number: str, amount: int) -> bool:
     return bool(order["amount_minor"] == lines == amount)
 
 
+@hasty
 async def test_a_refund_whose_answer_was_lost_is_made_once(till: Money) -> None:
     number = await _paid(till)
     till.hooks_on = False
@@ -690,6 +695,7 @@ async def test_a_refund_that_comes_back_after_it_was_done_calls_a_person_once(
 # The whole, under a bad supplier
 
 
+@hasty
 async def test_thirty_orders_through_a_supplier_that_does_everything_wrong(
     till: Money, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -715,7 +721,7 @@ async def test_thirty_orders_through_a_supplier_that_does_everything_wrong(
         await until(lambda: till.shop.state.counts["calls_create"] >= 25)
         await till.shop.control(payments={"error_rate": 0, "lost_rate": 0, "hang_rate": 0, "refuse_rate": 0})
         for number in numbers:
-            await until(lambda number=number: _is_paid(till, number), 40)
+            await until(lambda number=number: _is_paid(till, number))
 
         async def quiet() -> bool:
             due = await till.one("SELECT count(*) FROM capture WHERE state IN ('due', 'refund_due')")
@@ -725,7 +731,7 @@ async def test_thirty_orders_through_a_supplier_that_does_everything_wrong(
             booked = await till.one("SELECT count(*) FROM capture")
             return due == opened == 0 and booked == till.shop.state.counts["captured"]
 
-        await until(quiet, 40)
+        await until(quiet)
     await till.balanced()
     assert (await till.shop.stats()).get("forged_taken", 0) == 0
     assert await till.units() == (0, 0, 30)
@@ -752,7 +758,7 @@ async def test_a_link_that_ends_before_an_extended_deadline_is_followed_by_anoth
 ) -> None:
     """Prevents an extension that helps nobody: the link was made for the deadline of before and ends with it."""
     async with money(supplier, redis_url, database_url) as till:
-        await till.publish(pay_within_s=3)
+        await till.publish(pay_within_s=6)
         number = await till.reserve("ann")
         async with till.loops():
             first = await till.link_of(number)

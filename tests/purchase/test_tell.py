@@ -27,7 +27,7 @@ from app.texts import Kind
 from app.work.lookout import Lookout
 from tests.ledger.shop import looking_out
 from tests.providers.server import Shop, sandbox, until
-from tests.purchase.money import Money, money
+from tests.purchase.money import Money, hasty, money
 
 
 @contextlib.asynccontextmanager
@@ -98,6 +98,7 @@ async def test_what_is_no_longer_true_is_not_sent(till: Money) -> None:
     assert await till.shop.texts() == []
 
 
+@hasty
 async def test_an_unknown_result_is_not_repeated(till: Money, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
     lease_due = sms.lease_due
@@ -186,6 +187,7 @@ async def test_no_phone_number_is_logged_or_stored_in_the_clear(till: Money) -> 
     assert "13800000001" not in repr(till.providers.sms["sandbox-sms"].guard.report())
 
 
+@hasty
 async def test_a_hanging_sms_supplier_holds_up_no_payment(till: Money) -> None:
     await till.shop.control(sms={"hang_rate": 1})
     for buyer in ("ann", "bob", "cem"):
@@ -281,11 +283,11 @@ async def test_a_sick_channel_is_left_when_its_breaker_trips_and_found_again_by_
                 sms={"error_rate": 1}
             )  # answers 500: nobody knows, so nobody else is asked
             async with telling(till):
-                await until(lambda: arrive(second), 60.0)
+                await until(lambda: arrive(second))
                 unknown = await till.one("SELECT count(*) FROM sms WHERE state = 'unknown'")
                 assert unknown >= 2  # what it takes to trip; from then on the other channel has them
                 await supplier.control(reset=True)
-                await until(lambda: arrive(supplier), 60.0)
+                await until(lambda: arrive(supplier))
             assert await till.one("SELECT count(*) FROM sms WHERE tries > 1 AND state = 'unknown'") == 0
             every = [text["body"] for text in (*await supplier.texts(), *await second.texts())]
             assert len(every) == len(set(every))  # none by both

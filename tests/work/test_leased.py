@@ -40,7 +40,7 @@ class Rows:
             yield
         finally:
             self.stopping.set()
-            await asyncio.wait_for(working, 10)
+            await asyncio.wait_for(working, 180)
 
 
 async def test_nothing_is_asked_for_until_the_bell_rings_and_then_all_that_is_due_is_taken() -> None:

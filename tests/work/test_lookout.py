@@ -87,14 +87,14 @@ async def test_the_next_look_is_made_before_its_time_when_there_is_reason(
 ) -> None:
     """With an hour between looks the second one would never come."""
     lookout = Lookout(engine, 3_600.0)
-    await asyncio.wait_for(first(lookout), 10)
+    await asyncio.wait_for(first(lookout), 180)
     if why == "it is due":
         found += [Due("late", "", 0.1)]
         lookout.wrote()
-        await asyncio.wait_for(lookout.turn(), 10)
+        await asyncio.wait_for(lookout.turn(), 180)
     else:
         lookout.wrote()
-    await asyncio.wait_for(lookout.turn(), 10)
+    await asyncio.wait_for(lookout.turn(), 180)
 
 
 async def first(lookout: Lookout) -> None:
