@@ -153,7 +153,7 @@ class StorePair:
                 self._let_go()
                 self._owner = (pid, await asyncpg.connect(url, timeout=30))
             for statement in statements:
-                await self._owner[1].execute(statement, timeout=60)
+                await self._owner[1].execute(statement, timeout=300)
 
         self._loop.run(run())
 
@@ -244,6 +244,11 @@ class Stores:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+def pytest_configure() -> None:
+    """Beside other tests everything takes longer: chaos waits this many times as long as a campaign does at rest."""
+    os.environ.setdefault("FAIRDROP_TEST_PATIENCE", "4")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests begin first, so that none of them is what everybody waits for in the end."""
@@ -304,6 +309,12 @@ def _flush(valkey: Valkey) -> None:
         client.flushall()
         client.script_flush()
         client.config_set("maxmemory", 0)  # a test of a full server may have ended in the middle
+
+
+@pytest.fixture(autouse=True)
+def _connects_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis that a busy machine keeps from answering is not away: what tests that says so itself."""
+    monkeypatch.setattr("app.redis.link.CONNECT_DEADLINE_S", 30.0)
 
 
 @pytest.fixture

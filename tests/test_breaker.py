@@ -121,7 +121,7 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[Make]:
     kind: str = request.param
     link: Link | None = None
     if kind != "local":
-        link = Link(request.getfixturevalue("redis_url"), name="test")
+        link = Link(request.getfixturevalue("redis_url"), deadline_s=30, name="test")
         await link.start()
     made = 0
 

@@ -33,7 +33,7 @@ from app.work.loops import Health, keep_going
 SALE = "drop"
 
 
-async def until(true: Callable[[], Awaitable[object]], what: str, within_s: float = 60.0) -> None:
+async def until(true: Callable[[], Awaitable[object]], what: str, within_s: float = 180.0) -> None:
     """Poll a condition."""
     deadline = time.monotonic() + within_s
     while not await true():
@@ -301,7 +301,7 @@ def settings_of(redis_url: str, database_url: str, **changed: Any) -> Settings:
         env="development",
         redis_url=redis_url,
         database_url=database_url,
-        **({"sandbox_secret": "s" * 32, "worker_port": 0} | changed),
+        **({"sandbox_secret": "s" * 32, "worker_port": 0, "redis_deadline_s": 30.0} | changed),
     )
 
 
@@ -309,7 +309,7 @@ def settings_of(redis_url: str, database_url: str, **changed: Any) -> Settings:
 async def open_shop(redis_url: str, database_url: str, **changed: Any) -> AsyncIterator[Shop]:
     settings = settings_of(redis_url, database_url, **changed)
     engine = create_engine(settings)
-    link = Link(redis_url, name="test")
+    link = Link(redis_url, deadline_s=30, name="test")
     await link.start()
     assert link.connected, link.trouble
     try:

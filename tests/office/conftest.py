@@ -34,12 +34,13 @@ def settings_for(redis_url: str, database_url: str, **changed: Any) -> Settings:
     return Settings(
         **{
             "env": "development", "redis_url": redis_url, "database_url": database_url, "signing_keys": SIGNING_KEY,
-            "pii_keys": PII_KEY, "operator_key": FIRST_KEY, "sandbox_secret": "s" * 40, **changed,
+            "pii_keys": PII_KEY, "operator_key": FIRST_KEY, "sandbox_secret": "s" * 40, "redis_deadline_s": 30.0,
+            **changed,
         }
     )  # fmt: skip
 
 
-async def until(true: Callable[[], Any], within_s: float = 60.0) -> Any:
+async def until(true: Callable[[], Any], within_s: float = 180.0) -> Any:
     """Wait until `true()` (which may be a coroutine function) holds, and return it."""
     deadline = time.monotonic() + within_s
     while True:
@@ -176,7 +177,13 @@ async def open_office(settings: Settings) -> Office:
     app = create_app(settings)
     wire = listen("127.0.0.1", 0, 100, what="office")
     config = uvicorn.Config(
-        app, ws="none", interface="asgi3", log_config=None, access_log=False, timeout_graceful_shutdown=2
+        app,
+        ws="none",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=600,
     )
     server = _Quiet(config)
     task = asyncio.create_task(server.serve(sockets=[wire]))
@@ -184,7 +191,7 @@ async def open_office(settings: Settings) -> Office:
     if task.done():
         task.result()
     url = f"http://127.0.0.1:{wire.getsockname()[1]}"
-    return Office(app, url, httpx.AsyncClient(base_url=url, timeout=20, trust_env=False), server, task)
+    return Office(app, url, httpx.AsyncClient(base_url=url, timeout=60, trust_env=False), server, task)
 
 
 @pytest.fixture

@@ -417,7 +417,7 @@ async def test_the_guard_costs_little_on_a_healthy_call() -> None:
 @pytest.mark.serial
 async def test_the_guard_of_a_shared_breaker_costs_little_on_a_healthy_call(redis_url: str) -> None:
     """Reports included: calls overlap here as they would in a sale, so many reports share a round trip."""
-    link = Link(redis_url, name="test")
+    link = Link(redis_url, deadline_s=30, name="test")
     await link.start()
     guard = Guard("cheap", "payment", GuardRules(retries_max=2, breaker=Rules(window_ms=600_000)))
     breaker = guard.share(Scripts(link), who="w1", history_max=100)

@@ -39,7 +39,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def link(redis_url: str) -> AsyncIterator[Link]:
-    link = Link(redis_url, name="test")
+    link = Link(redis_url, deadline_s=30, name="test")
     await link.start()
     yield link
     await link.close()
@@ -69,7 +69,7 @@ async def history(link: Link, name: str = "shop") -> list[Told]:
     return [msgspec.json.decode(fields[1], type=Told) for _, fields in entries]
 
 
-async def eventually(what: Callable[[], Any], within_s: float = 60.0) -> None:
+async def eventually(what: Callable[[], Any], within_s: float = 180.0) -> None:
     """Until `await what()` is true."""
     async with asyncio.timeout(within_s):
         while not await what():  # noqa: ASYNC110 - what happens is in Redis
@@ -189,14 +189,18 @@ async def test_who_still_believes_closed_stops_believing_before_half_open_can_be
 CALLERS = """
 import asyncio, sys, time
 from app.breaker import Permit, Result, Rules
+from app.providers import shared_breaker
 from app.providers.shared_breaker import SharedBreaker
 from app.redis.link import Link
 from app.scripts import Scripts
 
-async def main(url, who, callers, lease_ms):
+shared_breaker.DEADLINE_S = 30.0  # as in the test's own process
+
+
+async def main(url, who, name, callers, lease_ms):
     link = Link(url, name=who)
     await link.start()
-    breaker = SharedBreaker("shop", Rules(calls_min=1, open_ms=100, jitter=0, probes_max=7, half_open_max_ms=0,
+    breaker = SharedBreaker(name, Rules(calls_min=1, open_ms=100, jitter=0, probes_max=7, half_open_max_ms=0,
         lease_ms=lease_ms), Scripts(link), who=who)
     await breaker.beat()
     print("ready", flush=True)
@@ -205,7 +209,7 @@ async def main(url, who, callers, lease_ms):
     print(sum(isinstance(answer, Permit) for answer in answers), len(answers), breaker.alone, breaker.turns, flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)  # until it is killed
 
-asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])))
 """
 
 
@@ -216,14 +220,14 @@ class Callers:
         self.process = process
 
     @classmethod
-    async def start(cls, url: str, who: str, callers: int, lease_ms: int) -> Callers:
+    async def start(cls, url: str, who: str, name: str, callers: int, lease_ms: int) -> Callers:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", textwrap.dedent(CALLERS), url, who, str(callers), str(lease_ms),
+            sys.executable, "-c", textwrap.dedent(CALLERS), url, who, name, str(callers), str(lease_ms),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert process.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             assert await process.stdout.readline() == b"ready\n"
         return cls(process)
 
@@ -231,7 +235,7 @@ class Callers:
         """Everybody asks at once: permits, answers, whether Redis was gone, round trips."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(b"\n")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             words = (await self.process.stdout.readline()).split()
         return int(words[0]), int(words[1]), words[2] == b"True", int(words[3])
 
@@ -245,7 +249,16 @@ class Callers:
 async def test_ten_thousand_callers_in_four_processes_get_seven_probes_and_the_dead_are_forgotten(
     link: Link, redis_url: str
 ) -> None:
-    lease_ms = 5_000
+    """Longer leases only where the machine was too slow to tell: they are waited for."""
+    for lease_ms in (5_000, 20_000, 60_000):
+        if await told(link, redis_url, lease_ms):
+            return
+    pytest.fail("too slow a machine to tell")
+
+
+async def told(link: Link, redis_url: str, lease_ms: int) -> bool:
+    """False: the leases ended before all was seen."""
+    name = f"shop-{lease_ms}"
     rules: dict[str, Any] = {
         "calls_min": 1,
         "open_ms": 100,
@@ -253,9 +266,9 @@ async def test_ten_thousand_callers_in_four_processes_get_seven_probes_and_the_d
         "probes_max": 7,
         "half_open_max_ms": 0,
     }
-    breaker = shared(link, **rules, lease_ms=lease_ms)
+    breaker = shared(link, name=name, **rules, lease_ms=lease_ms)
     processes = await asyncio.gather(
-        *(Callers.start(redis_url, f"p{number}", 2_500, lease_ms) for number in range(4))
+        *(Callers.start(redis_url, f"p{number}", name, 2_500, lease_ms) for number in range(4))
     )
     try:
         await trip(breaker)
@@ -264,13 +277,17 @@ async def test_ten_thousand_callers_in_four_processes_get_seven_probes_and_the_d
         found = await asyncio.gather(*(process.go() for process in processes))
         assert sum(answers for _, answers, _, _ in found) == 10_000
         assert not any(alone for _, _, alone, _ in found)
+        if time.monotonic() - asked_at >= lease_ms / 1000:
+            return False
         assert sum(permits for permits, _, _, _ in found) == 7
         assert sum(turns for _, _, _, turns in found) < 100
         # They are killed with their probes in hand. Nobody gets one before the leases are over; then all are free.
         for process in processes:
             await process.kill()
-        assert isinstance(await breaker.take(), Stop)
-        assert time.monotonic() - asked_at < lease_ms / 1000, "too slow a machine to tell"
+        refused = await breaker.take()
+        if time.monotonic() - asked_at >= lease_ms / 1000:
+            return False
+        assert isinstance(refused, Stop)
 
         async def freed() -> bool:
             permit = await breaker.take()
@@ -283,6 +300,7 @@ async def test_ten_thousand_callers_in_four_processes_get_seven_probes_and_the_d
         assert time.monotonic() - asked_at >= lease_ms / 1000
         await done(breaker, *[await breaker.take() for _ in range(6)], result=S)
         assert breaker.state is State.CLOSED
+        return True
     finally:
         for process in processes:
             await process.kill()
@@ -312,7 +330,7 @@ async def test_cancelled_askers_give_their_permits_back(link: Link) -> None:
 async def test_without_redis_each_process_goes_on_alone_and_comes_back(
     valkey: Valkey, redis_url: str
 ) -> None:
-    link = Link(redis_url, name="test")
+    link = Link(redis_url, deadline_s=30, name="test")
     await link.start()
     events: list[Event] = []
     guard = Guard(

@@ -7,8 +7,8 @@ from tests.story.people import until
 
 
 async def test_the_next_in_line_gets_the_unit_that_was_not_paid_for(town: Town) -> None:
-    # (8 s are short for the first, and long enough for the second to pay on a machine that has other things to do.)
-    sale = await town.operator.publishes_a_sale(units=1, opens_in_s=0.0, pay_within_s=8)
+    # (15 s are short for the first, and long enough for the second to pay on a machine that has other things to do.)
+    sale = await town.operator.publishes_a_sale(units=1, opens_in_s=0.0, pay_within_s=15)
     first, second = town.buyer("first", sale), town.buyer("second", sale)
 
     # The line is empty and there is stock: the first tap takes the unit.

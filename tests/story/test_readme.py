@@ -39,7 +39,7 @@ def test_the_example_of_the_readme_works(running: Urls) -> None:
     script = script.replace("PASS=", "sleep 0.25\nPASS=", 1)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=60, env=os.environ | {"NO_PROXY": "127.0.0.1"},
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_PROXY": "127.0.0.1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     decoder, answers, at = json.JSONDecoder(), [], 0

@@ -15,7 +15,7 @@ from tests.story.people import until
 
 WITHIN_S = 60.0  # a browser shares the processor with everything else here
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.long
 
 
 async def shown(page: Page, selector: str) -> None:
