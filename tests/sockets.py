@@ -1,7 +1,8 @@
-"""Connections that do nothing of themselves, for tests of what clients may cost, and an address where nobody is."""
+"""Connections that do nothing of themselves, to see what clients may cost; ports where nobody is, and free ones."""
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def clients(
-    port: int, count: int, *, small: bool = False, within_s: float = 20.0
+    port: int, count: int, *, small: bool = False, within_s: float = 180.0
 ) -> Iterator[list[socket.socket]]:
     """So many connected sockets. small: with little room for what is not read. within_s: the patience of each."""
     opened: list[socket.socket] = []
@@ -33,3 +34,17 @@ def nobody() -> Iterator[int]:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
+
+
+def quiet_port() -> int:
+    """A free TCP port for a process that takes seconds to bind it. Not one that the kernel chooses: those it gives to
+    outgoing connections too, of which other tests make hundreds meanwhile.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # Linux begins at 32,768, others at 49,152
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port

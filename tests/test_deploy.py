@@ -13,9 +13,10 @@ import pytest
 import redis as redis_sync
 import yaml
 
-from app.embedded import Valkey, free_port
+from app.embedded import Valkey
 from app.settings import SECRETS, Settings
 from tests.ha.redis_watched import Sentinel
+from tests.sockets import quiet_port
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 
@@ -44,7 +45,7 @@ def test_cluster_conf_on_top_of_redis_conf_is_accepted(tmp_path: Path) -> None:
         for name, value in settings.items()
         if name not in ("port", "dir", "bind", "protected-mode")
     }
-    server = Valkey(tmp_path / "valkey", "secret", settings=given | {"cluster-port": str(free_port())})
+    server = Valkey(tmp_path / "valkey", "secret", settings=given | {"cluster-port": str(quiet_port())})
     try:
         server.start()
         with contextlib.closing(redis_sync.Redis.from_url(server.url)) as client:

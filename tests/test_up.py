@@ -23,31 +23,32 @@ import jwt
 import psutil
 import pytest
 
-from app.embedded import Valkey, free_port
+from app.embedded import Valkey
 from app.supervisor import answers
 from tests.conftest import Stores
+from tests.sockets import quiet_port
 
 ROOT = Path(__file__).parents[1]
-STARTS_WITHIN_S = 90.0
+STARTS_WITHIN_S = 600.0  # on a machine that has much else to do
 PORTS = ["--front-port", "0", "--office-port", "0", "--worker-port", "0", "--sandbox-port", "0"]
 
-pytestmark = pytest.mark.timeout(240)
 together = pytest.mark.xdist_group("up")  # one `up` for all of them, not one for each pytest process
 
 
-def until(condition: Callable[[], Any], within_s: float = 90.0) -> None:
+def until(condition: Callable[[], Any], within_s: float = 180.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.05)
 
 
-def readiness(url: str) -> int:
-    """The status of /readyz; 0: no answer yet."""
+def readiness(url: str) -> tuple[int, str]:
+    """/readyz, status and text; 0: no answer yet."""
     try:
-        return httpx.get(url + "/readyz", timeout=30, trust_env=False).status_code
+        answer = httpx.get(url + "/readyz", timeout=60, trust_env=False)
     except httpx.TransportError:
-        return 0
+        return 0, ""
+    return answer.status_code, answer.text
 
 
 class UpProcess:
@@ -83,7 +84,7 @@ class UpProcess:
         """SIGTERM, and the exit status."""
         if self.process.poll() is None:
             self.process.terminate()
-        return self.process.wait(60)
+        return self.process.wait(180)
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def up(data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> It
             family = running.family()
             running.process.terminate()
             try:
-                running.process.wait(60)
+                running.process.wait(180)
             except subprocess.TimeoutExpired:
                 running.process.kill()
                 running.process.wait()
@@ -113,7 +114,7 @@ def up(data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> It
 def refused(data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
     """The one sentence of an `up` that cannot start; nothing is left of it."""
     running = UpProcess(data_dir, *arguments, env=env)
-    status = running.process.wait(60)
+    status = running.process.wait(180)
     said = running.said.strip()
     assert status == 2, said
     assert said.startswith("fairdrop: ") and "\n" not in said, said
@@ -153,7 +154,7 @@ def test_everything_answers_and_urls_json_is_complete_and_private(shared: UpProc
     assert [priority[name] for name in ("front-1", "front-2", "valkey", "postgres")] == [ours] * 4
     assert [priority[name] for name in ("worker", "office", "sandbox")] == [behind] * 3
     for name in ("front", "office", "worker"):
-        until(lambda name=name: readiness(urls[name]) == 200)
+        until(lambda name=name: readiness(urls[name])[0] == 200)
 
 
 @together
@@ -181,7 +182,7 @@ def test_no_secret_is_in_a_command_line_or_a_log(shared: UpProcess) -> None:
 @together
 def test_metrics_are_the_sum_of_all_front_processes(shared: UpProcess) -> None:
     url = shared.urls()["front"]
-    assert "# TYPE" in httpx.get(url + "/metrics", trust_env=False).text
+    assert "# TYPE" in httpx.get(url + "/metrics", timeout=60, trust_env=False).text
     folder = shared.data_dir / "metrics" / "front"
     pids = {int(found[1]) for path in folder.glob("*.db") if (found := re.search(r"_(\d+)\.db$", path.name))}
     urls = shared.urls()
@@ -195,22 +196,22 @@ def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(shared: 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2
     assert done.stderr.strip().endswith(
         f"another `fairdrop up` (process {shared.process.pid}) uses {shared.data_dir}"
     )
-    until(lambda: answers(shared.urls()["front"]))
+    until(lambda: answers(shared.urls()["front"], within_s=60))
 
 
 @together
 def test_a_head_that_is_too_large_is_431(shared: UpProcess) -> None:
     url = shared.urls()["front"]
-    answer = httpx.get(url + "/healthz", headers={"X-Long": "x" * 20_000}, trust_env=False)
+    answer = httpx.get(url + "/healthz", headers={"X-Long": "x" * 20_000}, timeout=60, trust_env=False)
     assert (answer.status_code, answer.json()["code"]) == (431, "head_too_large")
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as wire:
+    with socket.create_connection((host, int(port)), timeout=60) as wire:
         with contextlib.suppress(OSError):  # it may have been closed on us already
             for _ in range(64):
                 wire.sendall(b"GET /healthz HTTP/1.1\r\n" if _ == 0 else b"x-more: " + b"x" * 4096 + b"\r\n")
@@ -237,7 +238,7 @@ def test_whatever_dies_is_started_again_at_the_same_address(shared: UpProcess) -
     for name in ("front", "office", "worker", "sandbox"):
         until(lambda name=name: answers(after[name]))
     for name in ("front", "office", "worker"):
-        until(lambda name=name: readiness(after[name]) == 200)
+        until(lambda name=name: readiness(after[name])[0] == 200)
 
 
 @together
@@ -247,7 +248,7 @@ def test_the_token_command_makes_a_jwt_of_this_installation(shared: UpProcess) -
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     secret = (shared.data_dir / "secrets" / "jwt_secret").read_text().strip()
@@ -262,7 +263,7 @@ def test_migrate_check_says_that_nothing_is_missing(shared: UpProcess) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
@@ -300,7 +301,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(folder: Path) -> None:
         until(lambda: (folder / "up.lock").exists() and running.family())
         family = running.family()
         running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(60) in (0, 130), running.said
+        assert running.process.wait(180) in (0, 130), running.said
         until(lambda: not any(process.is_running() for process in family))
         assert not (folder / "urls.json").exists()
 
@@ -324,7 +325,7 @@ def test_a_data_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) ->
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2
     assert re.fullmatch(
@@ -348,7 +349,7 @@ def test_a_read_only_data_directory_is_one_sentence(folder: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2
     assert re.fullmatch(
@@ -446,7 +447,7 @@ def test_granian_serves_the_front_too(folder: Path, redis_url: str, database_url
     env = {"FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABASE_URL": database_url}
     with up(folder, *PORTS, "--server", "granian", "--front-workers", "2", env=env) as running:
         urls = running.urls()
-        until(lambda: readiness(urls["front"]) == 200)
+        until(lambda: readiness(urls["front"])[0] == 200)
         assert running.end() == 0, running.said
 
 
@@ -454,7 +455,7 @@ def test_a_front_that_drains_serves_on_and_says_so(tmp_path: Path, redis_url: st
     env = {
         **os.environ,
         "FAIRDROP_REDIS_URL": redis_url,
-        "FAIRDROP_DRAIN_S": "3",
+        "FAIRDROP_DRAIN_S": "10",
         "FAIRDROP_SIGNING_KEYS": "s" * 40,
         "FAIRDROP_PII_KEYS": "00" * 32,
         "FAIRDROP_JWT_SECRET": "j" * 40,
@@ -473,12 +474,11 @@ def test_a_front_that_drains_serves_on_and_says_so(tmp_path: Path, redis_url: st
         found = re.search(r"http://[\d.:]+", log.read_text())
         assert found
         url = found[0]
-        until(lambda: answers(url))
+        until(lambda: answers(url, within_s=60))
         front.terminate()
-        until(lambda: readiness(url) == 503)
-        assert "draining" in httpx.get(url + "/readyz", trust_env=False).text
-        assert answers(url)
-        assert front.wait(30) == 0, log.read_text()
+        until(lambda: "draining" in readiness(url)[1])
+        assert answers(url, within_s=60)
+        assert front.wait(180) == 0, log.read_text()
     finally:
         if front.poll() is None:
             front.kill()
@@ -511,14 +511,15 @@ def test_a_front_of_several_processes_is_one_to_the_outside(tmp_path: Path, redi
         found = re.search(r"http://[\d.:]+\d", log.read_text())
         assert found
         url = found[0]
-        until(lambda: answers(url))
+        until(lambda: answers(url, within_s=60))
+        until(lambda: len(psutil.Process(front.pid).children()) == 2)
         first, second = psutil.Process(front.pid).children()
         first.kill()
         until(lambda: len([one for one in psutil.Process(front.pid).children() if one not in (first,)]) == 2)
         for _ in range(8):
-            until(lambda: answers(url))
+            until(lambda: answers(url, within_s=60))
         front.terminate()
-        assert front.wait(30) == 0, log.read_text()
+        assert front.wait(180) == 0, log.read_text()
         assert not second.is_running()
         assert not list(temporary.iterdir())  # the metrics of all processes have gone with them
     finally:
@@ -534,7 +535,7 @@ def test_a_front_of_several_processes_runs_on_the_server_that_was_asked_for(
         **os.environ, "FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DRAIN_S": "0", "FAIRDROP_SIGNING_KEYS": "s" * 40,
         "FAIRDROP_PII_KEYS": "00" * 32, "FAIRDROP_JWT_SECRET": "j" * 40,
     }  # fmt: skip
-    log, port = tmp_path / "front.log", free_port()
+    log, port = tmp_path / "front.log", quiet_port()
     command = [
         sys.executable,
         "-m",
@@ -551,12 +552,14 @@ def test_a_front_of_several_processes_runs_on_the_server_that_was_asked_for(
         front = subprocess.Popen(command, cwd=ROOT, env=env, stderr=out, stdout=out)
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(url))
-        said = {httpx.get(url + "/healthz", trust_env=False).headers.get("server") for _ in range(8)}
+        until(lambda: answers(url, within_s=60))
+        said = {
+            httpx.get(url + "/healthz", timeout=60, trust_env=False).headers.get("server") for _ in range(8)
+        }
         assert said == {"granian"}, log.read_text()
-        assert len(psutil.Process(front.pid).children()) == 2, log.read_text()
+        until(lambda: len(psutil.Process(front.pid).children()) == 2)
         front.terminate()
-        assert front.wait(30) == 0, log.read_text()
+        assert front.wait(180) == 0, log.read_text()
     finally:
         if front.poll() is None:
             front.kill()
@@ -572,7 +575,7 @@ def test_production_refuses_to_start_without_secrets(command: str, redis_url: st
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2, done.stderr
@@ -587,7 +590,7 @@ def test_a_setting_that_is_no_number_is_one_sentence() -> None:
         env={**os.environ, "FAIRDROP_FRONT_PORT": "eighty"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2
     assert re.fullmatch(r"fairdrop: FAIRDROP_FRONT_PORT: Input should be a valid integer.*\n", done.stderr)
@@ -596,7 +599,7 @@ def test_a_setting_that_is_no_number_is_one_sentence() -> None:
 def test_rehearsing_against_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", "rehearse", "--urls", str(tmp_path / "urls.json")],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and re.fullmatch(r"fairdrop rehearse: there is no file .*\n", done.stderr)
 
@@ -608,7 +611,7 @@ def test_a_worker_without_a_database_is_told_what_is_missing(redis_url: str) -> 
         cwd=ROOT,
         env=given
         | {"FAIRDROP_ENV": "development", "FAIRDROP_REDIS_URL": redis_url, "FAIRDROP_DATABAS_URL": "x"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     *before, last = done.stderr.splitlines()
     assert done.returncode == 2 and last == "fairdrop: FAIRDROP_DATABASE_URL is missing", done.stderr

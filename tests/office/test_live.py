@@ -12,6 +12,7 @@ import pytest
 
 from app.settings import Settings
 from tests.office.conftest import FIRST_KEY, Office, open_office, settings_for, sse, until, write_order
+from tests.sockets import quiet_port
 
 
 async def test_one_document_says_how_a_sale_is_doing(office: Office) -> None:
@@ -184,9 +185,7 @@ async def test_the_page_is_served_with_nothing_from_elsewhere(office: Office) ->
 
 
 async def test_hooks_have_a_listener_of_their_own_if_asked(redis_url: str, database_url: str) -> None:
-    from app.embedded import free_port
-
-    port = free_port()
+    port = quiet_port()
     office = await open_office(settings_for(redis_url, database_url, hooks_port=port))
     try:
         assert (await office.http.post("/v1/hooks/sandbox", content=b"{}")).status_code == 404

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
 
-from app.embedded import free_port
-from tests.sockets import clients
+from tests.sockets import clients, quiet_port
 
 HONEST = 10_000  # connections that are kept, as a crowd in front of the minute does
 HONEST_BYTES = 12_000  # of each at most: uvicorn's and uvloop's objects, and the parser's; measured: 7,300
@@ -52,12 +50,14 @@ class Front:
 
     @property
     def connections(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        """Those that are open on both sides: the last answer's own may not be closed yet."""
+        found = psutil.Process(self.process.pid).net_connections("tcp")
+        return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == self.port for one in found)
 
 
 @contextmanager
 def front(server: str, **settings: str) -> Iterator[Front]:
-    port = free_port()
+    port = quiet_port()
     environment = os.environ | {
         "FAIRDROP_ENV": "development", "FAIRDROP_REDIS_URL": "redis://127.0.0.1:1/0", "FAIRDROP_DRAIN_S": "0",
         "FAIRDROP_SIGNING_KEYS": "k" * 40, "FAIRDROP_PII_KEYS": "11" * 32, "FAIRDROP_LOG_LEVEL": "error",
@@ -70,10 +70,10 @@ def front(server: str, **settings: str) -> Iterator[Front]:
         yield Front(port, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        process.wait(180)
 
 
-def until(true: Callable[[], bool], within_s: float = 60.0) -> None:
+def until(true: Callable[[], bool], within_s: float = 180.0) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -81,7 +81,7 @@ def until(true: Callable[[], bool], within_s: float = 60.0) -> None:
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), 10)
+    return socket.create_connection(("127.0.0.1", port), 60)
 
 
 def answers(port: int) -> bool:
@@ -115,7 +115,6 @@ def many_files() -> Iterator[None]:
 
 
 @pytest.mark.serial
-@pytest.mark.timeout(240)
 def test_ten_thousand_connections_cost_what_is_written_down(many_files: None) -> None:
     with front("uvicorn") as one:
         before = settled(one)
@@ -140,7 +139,6 @@ def test_ten_thousand_connections_cost_what_is_written_down(many_files: None) ->
 
 
 @pytest.mark.serial
-@pytest.mark.timeout(120)
 def test_what_hostile_clients_can_claim_is_bounded_and_written_down() -> None:
     """All at once, so that none uses the memory of another who has gone."""
     grown: dict[str, float] = {}
@@ -187,5 +185,5 @@ def test_on_granian_too_a_body_has_to_come_in_time_and_connections_are_limited()
             with pytest.raises(TimeoutError):  # it waits in the kernel
                 opened[5].recv(1_000)
             opened[0].close()
-            opened[5].settimeout(20)
+            opened[5].settimeout(60)
             assert opened[5].recv(1_000).startswith(b"HTTP/1.1 200")
