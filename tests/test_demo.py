@@ -17,6 +17,7 @@ from app.demo.crowd import Buyer, Crowd, Doing, Wires, cast_crowd, may_follow
 from app.errors import Unknown
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 600.0  # some 30 at rest; how many it takes says how busy the machine is
 FIELDS = [
     *(
         "buyers",
@@ -40,7 +41,7 @@ def run_demo(*options: str) -> tuple[int, str, str]:
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PATIENCE_S,
         stdin=subprocess.DEVNULL,
     )
     return done.returncode, done.stdout, done.stderr

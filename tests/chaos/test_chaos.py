@@ -57,7 +57,6 @@ async def test_a_sale_survives_kills_of_every_process_and_store(
         assert survived[f"kill -9 of {name}"] == KILLS // 2
 
 
-@pytest.mark.timeout(600)  # of a machine that has much else to do
 async def test_a_death_at_every_crash_point_breaks_no_promise(zygote: Zygote, stores: Stores) -> None:
     seeds = range(1, SEEDS + 1)
     outcomes = await some_at_once(play(faults.sweep(seed), zygote, stores, seed) for seed in seeds)
@@ -66,7 +65,6 @@ async def test_a_death_at_every_crash_point_breaks_no_promise(zygote: Zygote, st
         assert set(outcome.struck) == set(POINTS)
 
 
-@pytest.mark.timeout(600)  # as above
 async def test_every_other_kind_of_fault_breaks_no_promise(zygote: Zygote, stores: Stores) -> None:
     """Cut networks, full memory and disk, older and torn logs, clocks, call-backs, twins, two releases: at once."""
     if os.geteuid() != 0:

@@ -7,11 +7,11 @@ import pytest
 from app.history.report import report
 from tests.chaos.planted import PLANS
 from tests.chaos.plants import PLANTS
-from tests.chaos.scenario import play
+from tests.chaos.scenario import PATIENCE, play
 from tests.chaos.system import Zygote
 from tests.conftest import Stores
 
-CAUGHT_WITHIN_S = 120.0
+CAUGHT_WITHIN_S = 120.0 * PATIENCE
 
 
 def test_every_bug_that_the_design_forbids_is_planted_somewhere() -> None:

@@ -60,7 +60,6 @@ async def test_primaries_die_in_many_sales(zygote: Zygote, stores: Stores) -> No
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 async def test_a_slot_that_is_moved_takes_its_sale_along(zygote: Zygote, stores: Stores) -> None:
     """The new node is another home: the sale is shut until the next pulse arms it there. Nothing is made anew."""
     outcome = await play(

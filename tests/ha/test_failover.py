@@ -14,7 +14,6 @@ from tests.ha.failover import KINDS, fail_over
 ALWAYS = ("redis kill -9", "postgres kill -9")
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "kind", [kind if kind in ALWAYS else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
 )

@@ -21,7 +21,6 @@ async def test_no_request_fails_while_everything_is_restarted_in_turn(zygote: Zy
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("checks", [True, False], ids=["checked", "unchecked"])
 async def test_no_request_fails_in_many_rounds(zygote: Zygote, stores: Stores, checks: bool) -> None:
     told = await roll(zygote, stores, rounds=10, checks=checks, drain_s=1.0, joins_per_s=120)

@@ -41,7 +41,7 @@ async def ask(pieces: list[bytes], method: str = "POST", app: Any = echo) -> lis
     async def send(message: Message) -> None:
         sent.append(message)
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         await Patience(app, 0.05)({"type": "http", "method": method}, receive, send)
     return sent
 

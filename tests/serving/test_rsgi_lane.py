@@ -100,11 +100,11 @@ async def serving(**settings: Any) -> AsyncIterator[Open]:
         yield Open(port, shop, server.lane, server)
     finally:
         server.stop()
-        await asyncio.wait_for(serving, 20)
+        await asyncio.wait_for(serving, 180)
 
 
 async def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 180
     while not true():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
@@ -122,7 +122,7 @@ def post(path: bytes, body: bytes, *, length: int | None = None) -> bytes:
 
 async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """Head and body of the next response."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(180):
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line.split(b":")[1]) for line in head.splitlines() if b"content-length" in line)
         return head, await reader.readexactly(length)
@@ -179,7 +179,7 @@ async def test_a_process_that_drains_says_that_each_answer_is_the_last_of_its_co
         front.lane.draining = True
         writer.write(get(path))
         assert b"\r\nconnection: close\r\n" in (await answer(reader))[0]
-        assert await asyncio.wait_for(reader.read(), 20) == b""
+        assert await asyncio.wait_for(reader.read(), 180) == b""
         writer.close()
 
 
@@ -202,7 +202,7 @@ async def test_a_body_that_does_not_come_in_time_is_408_and_the_end(path: bytes)
         head, body = await answer(reader)
         assert head.startswith(b"HTTP/1.1 408 ")
         assert b'"too_slow"' in body
-        assert await asyncio.wait_for(reader.read(), 20) == b""
+        assert await asyncio.wait_for(reader.read(), 180) == b""
         assert front.shop.lane == 0
         assert not front.lane._reading
         writer.close()
