@@ -86,7 +86,7 @@ def test_the_door_is_shut_before_the_disk_is_full_and_the_ballast_brings_valkey_
                         "x" * 100,
                     )
             assert valkey.process is not None
-            valkey.process.wait(10)  # appendfsync always: better no Redis than one that forgets
+            valkey.process.wait(180)  # appendfsync always: better no Redis than one that forgets
 
         disk.look()
         assert not disk.ballast.exists()

@@ -22,7 +22,7 @@ from app.embedded import Account, Postgres, Valkey, account_for
 from app.errors import CannotStart
 
 
-def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+def until(condition: Callable[[], bool], within_s: float = 180.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -49,6 +49,6 @@ def test_every_process_starts_with_what_the_runtime_lock_names() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert found.returncode == 0, found.stderr

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = out.glob("fairdrop-*.whl")
     return found
@@ -43,7 +43,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-index",
         "--no-deps",
     ]
-    done = subprocess.run([*install, str(wheel)], capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*install, str(wheel)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # Plain lines of a .pth file extend sys.path; .pth files *in* that folder (an editable install) are not read.
     (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -53,7 +53,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": os.environ["PATH"]}
     return subprocess.run(
-        [str(python), *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=90
+        [str(python), *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
 
 
@@ -77,7 +77,7 @@ def test_the_command_works_in_an_empty_folder(python: Path, tmp_path: Path) -> N
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     wanted = [
@@ -126,6 +126,6 @@ def test_an_installed_command_migrates_a_database(
     command = [str(python.with_name("fairdrop")), "migrate"]
     for arguments, status in ((["--check"], 1), ([], 0), (["--check"], 0)):
         done = subprocess.run(
-            [*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90
+            [*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == status, done.stdout + done.stderr

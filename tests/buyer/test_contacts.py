@@ -190,7 +190,7 @@ async def test_the_command_rotates_and_says_what_it_did(shop: Shop, tmp_path: Pa
         "FAIRDROP_PII_KEYS": f"{NEW},{OLD}",
     }
     command = [sys.executable, "-m", "app.cli", "rotate-keys", "--json"]
-    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     newest = sealing_keys(NEW)[0]
     assert json.loads(ran.stdout) == {

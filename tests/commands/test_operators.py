@@ -39,7 +39,7 @@ async def fairdrop(*words: str, office: Office | None = None, said: str = "", **
         sys.executable, "-m", "app.cli", *words,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=given,
     )  # fmt: skip
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         out, err = await process.communicate(said.encode())
     assert process.returncode is not None
     return Ran(process.returncode, out.decode(), err.decode())

@@ -42,7 +42,7 @@ async def granian(front: Front, redis_url: str) -> AsyncIterator[httpx.AsyncClie
     port = wire.getsockname()[1]
     server = Granian(front.app, settings_for(redis_url), wire)
     serving = asyncio.create_task(server.serve())
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
 
         async def answers() -> bool:
             try:

@@ -56,7 +56,6 @@ def running(redis_url: str, database_url: str) -> Iterator[_Running]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_generated_calls_get_documented_answers(running: _Running) -> None:
     schema = schemathesis.openapi.from_url(f"{running.office.url}/openapi.json")
     checked = 0

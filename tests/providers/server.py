@@ -34,7 +34,7 @@ async def served(app: Any) -> AsyncIterator[str]:
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.create_task(server._serve([listening]))
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(180):
                 while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                     await asyncio.sleep(0.01)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -68,7 +68,7 @@ class Shop:
 @contextlib.asynccontextmanager
 async def sandbox() -> AsyncIterator[Shop]:
     app = create_app(Settings(env="development", sandbox_secret=SECRET))
-    async with served(app) as url, httpx.AsyncClient(timeout=10, trust_env=False) as http:
+    async with served(app) as url, httpx.AsyncClient(timeout=60, trust_env=False) as http:
         yield Shop(url, app.state.sandbox, http)
 
 
@@ -89,7 +89,7 @@ async def hook_listener(take: Take) -> AsyncIterator[str]:
         yield url
 
 
-async def until(holds: Callable[[], Awaitable[Any] | Any], within_s: float = 60.0) -> Any:
+async def until(holds: Callable[[], Awaitable[Any] | Any], within_s: float = 180.0) -> Any:
     """What `holds` returns once that is true."""
     async with asyncio.timeout(within_s):
         while True:

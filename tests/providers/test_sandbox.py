@@ -460,7 +460,7 @@ async def test_it_is_a_real_process_that_stops_on_sigterm_even_while_requests_ha
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
 
             async def answers() -> bool:
                 try:

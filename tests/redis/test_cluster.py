@@ -108,7 +108,7 @@ async def link(cluster: RedisCluster) -> AsyncIterator[Cluster]:
         await link.close()
 
 
-async def until(true: Callable[[], object], within_s: float = 60.0) -> None:
+async def until(true: Callable[[], object], within_s: float = 180.0) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline

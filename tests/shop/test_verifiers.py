@@ -98,7 +98,7 @@ def answers(command: list[str], folder: Path) -> dict[str, bool]:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

@@ -177,7 +177,7 @@ def deliver(
         time.sleep(wait_s / speed)
         headers, body = make()
         tries += 1
-        answer = httpx.post(url, headers=headers, content=body, timeout=5.0, trust_env=False)
+        answer = httpx.post(url, headers=headers, content=body, timeout=60, trust_env=False)
         if accepted(answer):
             return tries, True
     return tries, False
