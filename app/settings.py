@@ -99,7 +99,10 @@ class Settings(BaseSettings):
         description="MB of a file that is removed when Valkey ended on a full disk, so that it can start; 0: none",
     )
     redis_deadline_s: float = Field(2.0, description="s; a Redis call without an answer by then is unknown")
-    database_pool: int = Field(8, description="connections a process keeps to Postgres; a worker one more")
+    database_pool: int = Field(
+        8,
+        description="connections a process keeps to Postgres; a worker also confirm_in_flight_max + 2",
+    )
     database_deadline_s: float = Field(15.0, description="s; one SQL statement")
 
     # secrets
@@ -259,7 +262,7 @@ class Settings(BaseSettings):
     worker_name: str = Field("", description="consumer name in the streams; empty: host and process id")
     confirm_batch_max: int = Field(1_000, ge=1, le=10_000, description="claims confirmed in one transaction")
     confirm_in_flight_max: int = Field(
-        3, ge=1, le=8, description="full batches of one sale that a worker confirms at once"
+        6, ge=1, le=8, description="full batches of one sale that a worker confirms at once"
     )
     confirm_block_ms: int = Field(200, description="ms to wait for claims")
     autoclaim_idle_ms: int = Field(

@@ -77,6 +77,10 @@ class Worker:
         self.watch = engines.create_engine(
             settings, name="fairdrop lookout", pool=1, planner=engines.INDEXES_ONLY
         )
+        # Those of confirm: all its batches may wait for one item, and payments still find a connection.
+        self.writing = engines.create_engine(
+            settings, name="fairdrop confirm", pool=settings.confirm_in_flight_max + 1
+        )
         self.lookout = Lookout(self.watch, min(LOOK_EVERY_S, settings.relay_every_ms / 1000))
         self.link = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker")
         self.reading = open_link(settings.redis_url, deadline_s=settings.redis_deadline_s, name="worker-read")
@@ -85,7 +89,9 @@ class Worker:
         self.admitter = Admitter(self.link, self.scripts, settings)
         come = self.lookout.bell("course")
         self.course = Course(self.engine, self.link, self.scripts, self.admitter, come)
-        self.confirmer = Confirmer(self.engine, self.link, self.scripts, settings, self.providers.payment_now)
+        self.confirmer = Confirmer(
+            self.writing, self.link, self.scripts, settings, self.providers.payment_now
+        )
         self.confirming = ConfirmLoop(
             Streams(self.reading, self.consumer, lambda sale: SaleKeys(sale).orders),
             self.confirmer,
@@ -234,6 +240,7 @@ class Worker:
             await self.reading.close()
             await self.providers.aclose()
             await self.engine.dispose()
+            await self.writing.dispose()
             await self.watch.dispose()
 
 

@@ -506,6 +506,27 @@ async def test_full_batches_of_one_sale_are_confirmed_at_once_and_others_alone(
     assert beside_part == 0  # claims that come one by one wait for the batch before them, and go together
 
 
+async def test_batches_that_wait_for_an_item_take_no_connection_from_payments(shop: Shop) -> None:
+    await shop.publish(100)
+    await shop.claim(*[f"b{n}" for n in range(40)])
+    waiting = (
+        "SELECT application_name AS name, count(*) AS n FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock' GROUP BY 1"
+    )
+
+    async def all_wait() -> bool:
+        return await shop.sql(waiting) == [{"name": "fairdrop confirm", "n": 2}]
+
+    async with shop.engine.connect() as other:
+        await other.execute(text("SELECT 1 FROM item FOR UPDATE"))
+        async with at_work(shop, confirm_batch_max=1, confirm_in_flight_max=2, database_pool=1):
+            await shop.claim(*[f"c{n}" for n in range(10)])
+            await until(all_wait, "both batches wait for the item")
+            await other.rollback()
+            await reserved(shop, 50)
+            await at_rest(shop)
+
+
 @dataclass
 class Queue:
     """A stream of entries with so many claims each, as the worker reads it, and a confirmer that notes its batches."""
