@@ -32,7 +32,7 @@ from app.answers import (
 from app.errors import DidNotHappen, Unknown
 from app.keys import FORMAT, GROUP, SaleKeys
 from app.ledger import confirming, course, orders, outbox, payments, rebuilding, sms
-from app.ledger.engine import alone
+from app.ledger.engine import alone, passes
 from app.purchase.told import status_json
 from app.redis.link import Link
 from app.scripts import Scripts
@@ -148,9 +148,13 @@ class Releaser:
             async with places:
                 return await end(order_no, generation)
 
-        ended = sum(await asyncio.gather(*(one(*pair) for pair in held)))
+        results = await asyncio.gather(*(one(*pair) for pair in held), return_exceptions=True)
+        ended = sum(result is True for result in results)
         if ended:
             self.wrote()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result  # the others have been seen to; this one is tried again when its lease ends
         return ended
 
     async def _expire_one(self, order_no: str, generation: int) -> bool:
@@ -210,11 +214,18 @@ class Releaser:
         done: list[bytes] = []
         for entry in entries:
             ask = parse_ask(sale, entry)
-            if ask is None:
-                await self._bury(sale, entry, "shape")
-                done.append(entry[0])
-            elif await self._answer(sale, ask, entry):
-                done.append(entry[0])
+            try:
+                if ask is None:
+                    await self._bury(sale, entry, "shape")
+                elif not await self._answer(sale, ask, entry):
+                    continue
+            except Exception as error:
+                if passes(error) or isinstance(error, DidNotHappen | Unknown):
+                    raise
+                # No statement can hold it: it must not keep everybody behind it from being heard.
+                _log.exception("ask_cannot_be_answered", sale=sale, entry=entry[0].decode())
+                await self._bury(sale, entry, type(error).__name__)
+            done.append(entry[0])
         if done:
             keys = SaleKeys(sale)
             give_up: list[tuple[str | bytes, ...]] = [
@@ -324,6 +335,11 @@ class Releaser:
                 case other:
                     raise ValueError(f"unknown outbox kind {other!r}")
         except (DidNotHappen, Unknown):
+            return "later"
+        except Exception:  # noqa: BLE001 - what nobody thought of: the row is tried again, and holds up no other
+            _log.exception(
+                "outbox_row_cannot_be_applied", outbox_id=row["id"], kind=row["kind"], sale=row["sale"]
+            )
             return "later"
         if result == "later" and row["epoch"] < facts.epochs.get(row["sale"], row["epoch"]):
             return "dropped"  # OLD: a rebuild came between; what it read from Postgres holds this already

@@ -22,7 +22,17 @@ from urllib.parse import quote, unquote, urlsplit
 
 from app.errors import CannotStart, DidNotHappen, Unknown
 from app.redis.address import REDIS_PORT, place_of
-from app.redis.link import CALLS_MAX, CANNOT_CONNECT, CONNECT_DEADLINE_S, Arg, Link, Rejected, Reply, pack
+from app.redis.link import (
+    CALLS_MAX,
+    CANNOT_CONNECT,
+    CONNECT_DEADLINE_S,
+    Arg,
+    Link,
+    Rejected,
+    Reply,
+    keeper_ended,
+    pack,
+)
 
 log = logging.getLogger("fairdrop.redis")
 
@@ -184,6 +194,7 @@ class Cluster(Link):
         if self._keeper is None:
             await self._refresh()
             self._keeper = asyncio.create_task(self._keep_table(), name=f"redis cluster {self.name}")
+            self._keeper.add_done_callback(keeper_ended)
 
     async def close(self) -> None:
         keeper, self._keeper = self._keeper, None

@@ -247,7 +247,7 @@ class Link:
         if self._keeper is None:
             tried = asyncio.Event()
             self._keeper = asyncio.create_task(self._keep(tried), name=f"redis link {self.name}")
-            self._keeper.add_done_callback(_kept)
+            self._keeper.add_done_callback(keeper_ended)
             waiter = asyncio.create_task(tried.wait())
             await asyncio.wait([waiter, self._keeper], return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()
@@ -356,7 +356,8 @@ class Link:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         wire = self._wire
-        if wire is None or not self.connected:
+        # Between the loss of a connection and `_keep`, which hears of it a turn of the loop later, callers may come.
+        if wire is None or not self.connected or wire.lost.is_set():
             future.set_exception(
                 DidNotHappen(f"not connected to Redis{': ' if self.trouble else ''}{self.trouble}")
             )
@@ -460,7 +461,8 @@ class Link:
             self._wire.leave()
 
 
-def _kept(keeper: asyncio.Task[None]) -> None:
+def keeper_ended(keeper: asyncio.Task[None]) -> None:
+    """Whoever keeps a connection, or a cluster's table, goes on until it is cancelled: all else is told loudly."""
     if not keeper.cancelled() and (error := keeper.exception()) is not None:
         log.critical("redis: the link will not come back, restart the process", exc_info=error)
 

@@ -301,6 +301,8 @@ class Reconciler:
         """One pulse for each sale: first Redis, then Postgres. Arms what restarted. Returns how many sales beat."""
         async with alone(self.engine) as conn:
             homes = await course.homes(conn)
+        for over in self._homeless.keys() - {home.sale for home in homes}:
+            del self._homeless[over]  # settled meanwhile: nobody is to make it anew
         beaten: list[tuple[str, int, int]] = []
         away: DidNotHappen | Unknown | None = None
         for home in homes:
@@ -481,13 +483,15 @@ class Reconciler:
         async with alone(self.engine) as conn:
             closed = await course.closed(conn)
         settled = 0
+        away: DidNotHappen | Unknown | None = None
         for sale in closed:
             k = SaleKeys(sale)
-            waiting = await self.link.pipeline([("XLEN", k.orders), ("XLEN", k.asks), ("EXISTS", k.sale)])
-            for answer in waiting:
-                if isinstance(answer, Exception):
-                    raise answer
-            if waiting[0] or waiting[1]:
+            try:
+                waiting = [await self.link.call("XLEN", stream) for stream in (k.orders, k.asks)]
+            except (DidNotHappen, Unknown) as error:
+                away = error  # this sale's node of a cluster; the others are settled
+                continue
+            if any(waiting):
                 continue
             async with self.engine.begin() as conn:
                 if not await course.settle(conn, sale):
@@ -498,6 +502,8 @@ class Reconciler:
             # Contacts of those who never won have no purpose any more.
             await self.link.call("UNLINK", SaleKeys(sale).contact)
             await self.link.call("HSET", keys.SALES, sale, json.dumps({"version": version, "ended": True}))
+        if away is not None:
+            raise away
         return settled
 
     async def _ended(self) -> list[tuple[str, int]]:

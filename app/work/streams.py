@@ -80,9 +80,10 @@ class Streams:
             failed: list[Exception] = []
             for sale, answer in zip(sales, answers, strict=True):
                 if isinstance(answer, Exception):
-                    failed.append(answer)
                     if str(answer).startswith("NOGROUP"):
                         await self._find_missing([sale])
+                    else:
+                        failed.append(answer)
                 elif answer:
                     found[sale] = answer[0][1]
             if len(failed) == len(sales):

@@ -245,6 +245,16 @@ async def test_a_broken_ask_is_buried_and_the_next_one_heard(shop: Shop) -> None
     assert (letter["stream"], letter["reason"]) == ("asks", "shape")
 
 
+async def test_an_ask_that_no_statement_can_hold_is_buried_and_the_next_one_heard(shop: Shop) -> None:
+    (row,) = await reserve(shop, "ann")
+    await shop.link.call("XADD", shop.keys.asks, "*", "a", f"1|1|A|{10**30}|leave|-|17|ann")
+    await ask(shop, row["seq"], "ann", "leave")
+    assert await shop.releaser.answer_asks(SALE, await shop.asks()) == 2
+    (letter,) = await shop.sql("SELECT stream, reason FROM dead_letter")
+    assert (letter["stream"], letter["reason"]) == ("asks", "DBAPIError")
+    assert (await shop.orders())[0]["leaving"]
+
+
 def test_asks_are_read_as_they_were_written() -> None:
     found = parse_ask("s", (b"1-1", [b"a", b"1|1|A|7|leave|-|17|ann|b"]))
     assert found is not None
@@ -325,6 +335,33 @@ async def test_a_mark_never_overtakes_the_release_of_the_same_order(shop: Shop) 
     await shop.relay()
     assert await shop.left() == 5
     assert await shop.byte(row["seq"]) == b"k"
+
+
+async def test_a_row_that_cannot_be_applied_holds_up_no_other(shop: Shop) -> None:
+    (row,) = await reserve(shop, "ann")
+    await shop.sql("INSERT INTO outbox (kind, sale, epoch, payload) VALUES ('stock_add', 'drop', 1, '{}')")
+    async with shop.engine.begin() as conn:
+        await orders.cancel(conn, row["order_no"], "operator")
+    await shop.releaser.relay()
+    assert await shop.left() == 5
+    states = await shop.sql("SELECT kind, state FROM outbox ORDER BY id DESC LIMIT 2")
+    assert [(one["kind"], one["state"]) for one in states] == [("release", "done"), ("stock_add", "due")]
+
+
+async def test_an_order_that_cannot_end_keeps_no_other_from_it(shop: Shop) -> None:
+    rows = await reserve(shop, "ann", "bob", "cat")
+    await overdue(shop)
+    clear = shop.releaser.clear
+
+    async def contradictory(number: str) -> Any:
+        if number == rows[0]["order_no"]:
+            raise ValueError("a supplier says paid without a capture")
+        return await clear(number)
+
+    shop.releaser.clear = contradictory
+    with pytest.raises(ValueError, match="without a capture"):
+        await shop.releaser.expire()
+    assert [await state_of(shop, row["order_no"]) for row in rows] == ["reserved", "expired", "expired"]
 
 
 async def test_what_changes_after_the_release_is_told_too(shop: Shop) -> None:

@@ -233,6 +233,9 @@ async def test_streams_of_sales_in_different_slots_are_read(link: Cluster) -> No
     pending = await streams.own_pending(NAMES[:6], 100)
     assert [name for name, entries in pending.items() if entries] == NAMES[:3]
     assert "lost" not in await streams.read([*NAMES[:6], "lost"], 10)
+    assert (
+        await streams.read(["lost too"], 10) == {}
+    )  # all there are: as on a single server, no trouble of Redis'
 
 
 async def test_a_single_server_says_which_link_and_home_are_its_own(redis_url: str) -> None:

@@ -236,6 +236,11 @@ async def test_calls_that_never_left_did_not_happen(links: Any, proxy: Proxy) ->
     link._wire.connection_lost(None)
     with pytest.raises(DidNotHappen):
         await future
+    assert (
+        link.connected
+    )  # it hears of the loss in the next turn of the loop; whoever calls until then is told now
+    late = link.send(("PING",))
+    assert isinstance(late.exception(), DidNotHappen)
 
 
 async def test_too_many_calls_under_way_did_not_happen(links: Any, proxy: Proxy) -> None:

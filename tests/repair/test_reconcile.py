@@ -11,7 +11,9 @@ import structlog
 
 from app.answers import Old, Pulsed
 from app.embedded import Valkey
-from app.ledger import orders, outbox, sales
+from app.errors import DidNotHappen
+from app.keys import SaleKeys
+from app.ledger import course, orders, outbox, sales
 from app.redis import reading
 from app.repair import reconcile
 from app.repair.reconcile import SURE_AFTER, ItemBooks, compare
@@ -190,6 +192,20 @@ async def test_a_rebuild_under_way_is_no_alert_and_one_that_does_not_end_is(
     assert given == ["rebuilding"]
 
 
+async def test_a_sale_that_settled_without_its_home_is_not_made_anew(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(10)
+    given = alerts(monkeypatch)
+    shop.settings.rebuild_after_s = 0.0
+    await shop.link.call("FLUSHALL")
+    await shop.reconciler.pulse()
+    await shop.sql("UPDATE sale SET state = 'settled'")
+    await shop.reconciler.pulse()
+    assert await shop.reconciler.mend() == 0
+    assert given == ["sale_gone"]  # and not `rebuild_refused`, again and again
+
+
 async def test_what_this_workers_own_rebuild_does_to_a_sale_is_no_alert(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +309,29 @@ async def test_a_closed_sale_settles_when_nothing_is_left_to_happen(shop: Shop) 
     assert await shop.link.call("EXISTS", shop.keys.contact) == 0
     assert (await shop.sql("SELECT state FROM sale"))[0]["state"] == "settled"
     await shop.conserved()
+
+
+async def test_a_sale_whose_node_is_away_keeps_no_other_from_settling(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.publish(10)
+    await shop.sql("UPDATE sale SET state = 'closed'")
+    monkeypatch.setattr(course, "closed", lambda _: _later(["away", SALE]))
+    call = shop.link.call
+
+    async def of_others(*command: Any, **named: Any) -> Any:
+        if SaleKeys("away").orders in command:
+            raise DidNotHappen("its node is away")
+        return await call(*command, **named)
+
+    monkeypatch.setattr(shop.link, "call", of_others)
+    with pytest.raises(DidNotHappen):
+        await shop.reconciler.settle()
+    assert (await shop.sql("SELECT state FROM sale"))[0]["state"] == "settled"
+
+
+async def _later(value: Any) -> Any:
+    return value
 
 
 def test_a_returned_unit_that_was_sold_again_before_its_outbox_row_was_closed_alarms_nobody() -> None:
