@@ -36,15 +36,21 @@ def nobody() -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
+_given: set[int] = set()
+
+
 def quiet_port() -> int:
-    """A free TCP port for a process that takes seconds to bind it. Not one that the kernel chooses: those it gives to
-    outgoing connections too, of which other tests make hundreds meanwhile.
+    """A free TCP port for a process that takes seconds to bind it, and no port twice. Not one that the kernel chooses:
+    those it gives to outgoing connections too, of which other tests make hundreds meanwhile.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)  # Linux begins at 32,768, others at 49,152
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        _given.add(port)
         return port

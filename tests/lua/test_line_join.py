@@ -246,7 +246,7 @@ async def test_the_server_clock_is_used_when_no_time_is_given(stage: Stage) -> N
     await stage.publish(5, line_opens_ms=0, freeze_ms=0, opens_ms=0, closes_ms=4_000_000_000_000)
     seconds, _ = await stage.link.call("TIME")
     reply = await stage.at(0).batch("ann")
-    assert abs(reply.now_ms - max(int(seconds) * 1000, T0 - 1_000)) < 5_000
+    assert abs(reply.now_ms - max(int(seconds) * 1000, T0 - 1_000)) < 60_000
 
 
 async def test_a_batch_of_a_thousand_fits(stage: Stage) -> None:

@@ -84,7 +84,7 @@ async def test_times_and_prices_may_change_until_they_have_passed(
 
 
 async def test_a_later_opening_lets_nobody_into_a_draw_that_is_frozen(office: Office) -> None:
-    await office.publish(line_opens_at=iso(-60), opens_at=iso(5), draw_freeze_s=30)
+    await office.publish(line_opens_at=iso(-60), opens_at=iso(25), draw_freeze_s=30)
     frozen = int((await redis_sale(office))["freeze_ms"])
     answer = await office.change("drop", {"opens_at": iso(600)})
     assert answer.status_code == 200, answer.text

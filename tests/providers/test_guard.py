@@ -209,13 +209,13 @@ async def test_ten_thousand_callers_of_a_half_open_supplier_make_only_the_permit
 
 
 async def test_a_supplier_that_hangs_holds_up_nobody_else() -> None:
-    sick, well = make(places_max=4, wait_max_s=0.05), make(places_max=4)
+    sick, well = make(places_max=4, wait_max_s=0.05, deadline_s=60), make(places_max=4)
     hanging = [asyncio.create_task(sick.call("create", hangs)) for _ in range(200)]
     await asyncio.sleep(0)
     before = time.perf_counter()
     answers = await asyncio.gather(*(well.call("create", says(Done(1))) for _ in range(4)))
     assert answers == [Done(1)] * 4
-    assert time.perf_counter() - before < 5  # the hanging ones have not been given up by then
+    assert time.perf_counter() - before < 60  # the hanging ones have not been given up by then
     assert sick.bulkhead.in_flight == 4
     for task in hanging:
         task.cancel()
@@ -313,10 +313,10 @@ async def test_a_call_is_repeated_so_often_at_most_with_growing_pauses_and_each_
 
 
 async def test_repeats_end_with_the_deadline() -> None:
-    guard = patient(deadline_s=1.0, retries_max=1_000, retry_first_s=0.2)
+    guard = patient(deadline_s=1.0, retries_max=1_000, retry_first_s=0.02)
     send, made = in_turn(NotDone("ConnectError"))
     assert await guard.call("create", send) == NotDone("ConnectError")
-    assert 1 < len(made) < 6
+    assert 1 < len(made) < 12
     assert made[-1] - made[0] < 1.0
 
 

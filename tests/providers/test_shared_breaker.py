@@ -141,8 +141,8 @@ async def test_a_call_does_not_wait_for_its_report(link: Link) -> None:
 
 async def test_one_trip_stops_all_and_one_recovery_frees_all(link: Link) -> None:
     one, two = (
-        shared(link, calls_min=4, probes_max=2, open_ms=1_000, jitter=0),
-        shared(link, "w2", calls_min=4, probes_max=2, open_ms=1_000, jitter=0),
+        shared(link, calls_min=4, probes_max=2, open_ms=3_000, jitter=0),
+        shared(link, "w2", calls_min=4, probes_max=2, open_ms=3_000, jitter=0),
     )
     for breaker in (one, two, one, two):  # two failures each, none would have tripped alone
         await done(breaker, await breaker.take())
@@ -381,19 +381,19 @@ async def test_without_redis_each_process_goes_on_alone_and_comes_back(
 
 
 async def test_an_open_interval_runs_on_without_redis(link: Link) -> None:
-    breaker = shared(link, calls_min=1, open_ms=1_000, jitter=0, probes_max=1)
+    breaker = shared(link, calls_min=1, open_ms=3_000, jitter=0, probes_max=1)
     await trip(breaker)
     await link.close()
     await breaker.look()
     assert breaker.alone
     assert breaker.state is State.OPEN
-    assert 0 < breaker.retry_in_ms() <= 1_000
+    assert 0 < breaker.retry_in_ms() <= 3_000
     await until(lambda: breaker.retry_in_ms() == 0)
     probe = await breaker.take()
     assert isinstance(probe, Permit)
     assert isinstance(await breaker.take(), Stop)  # its own half-open has its own limit
     breaker.settle(probe, F)
-    assert 1_000 < breaker.retry_in_ms() <= 2_000  # and the interval grows as it would have
+    assert 3_000 < breaker.retry_in_ms() <= 6_000  # and the interval grows as it would have
 
 
 async def test_a_redis_that_lost_everything_gets_the_override_back_and_believes_no_old_result(
@@ -468,7 +468,7 @@ async def test_a_clock_that_was_set_back_neither_reopens_nor_wedges(link: Link, 
 
 async def test_the_redis_clock_is_used_when_none_is_given(link: Link) -> None:
     stands = await turn(link, 0, Rules())
-    assert abs(stands.now_ms - time.time() * 1000) < 5_000
+    assert abs(stands.now_ms - time.time() * 1000) < 60_000
 
 
 async def test_a_window_of_another_kind_counts_from_nothing(link: Link) -> None:

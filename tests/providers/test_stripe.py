@@ -272,7 +272,7 @@ async def test_no_answer_is_unknown_and_no_connection_is_not_done(api: StripeApi
 
 
 async def test_a_wrong_key_is_told_to_the_breaker(api: StripeApi) -> None:
-    adapter = Stripe("sk_wrong", ["whsec_x"], deadline_s=2.0, connections_max=1, url=api.url)
+    adapter = Stripe("sk_wrong", ["whsec_x"], deadline_s=20.0, connections_max=1, url=api.url)
     answer = await adapter.query(AttemptRef(attempt_id="A-1", order_no="A", provider_ref="cs_1"))
     assert isinstance(answer, Refused) and answer.counts is Result.FAILURE and answer.other_may
     await adapter.aclose()

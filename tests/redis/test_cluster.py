@@ -99,7 +99,7 @@ async def link(cluster: RedisCluster) -> AsyncIterator[Cluster]:
     cluster.until(cluster.is_whole, "the cluster is whole again")
     for node in cluster.primaries():
         node.ask("FLUSHALL")
-    link = open_link(cluster.url, deadline_s=1.0, name="test")
+    link = open_link(cluster.url, deadline_s=20.0, name="test")
     assert isinstance(link, Cluster)
     await link.start()
     try:

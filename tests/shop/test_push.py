@@ -74,7 +74,7 @@ async def ear() -> AsyncIterator[Ear]:
 def settings(database_url: str) -> Settings:
     return Settings(
         database_url=database_url, pii_keys=KEY, webhooks_allow_private=True, webhook_retry_first_s=0.05,
-        webhook_deadline_s=5,
+        webhook_deadline_s=60,
     )  # fmt: skip
 
 
@@ -361,7 +361,7 @@ async def test_an_answer_that_never_ends_and_one_that_never_begins_are_both_boun
     await pusher.spread()
     begun = time.monotonic()
     await push_once(pusher)
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < settings.webhook_deadline_s / 2
     assert [(row["state"], row["code"]) for row in await rows(engine)][1] == ("due", "timeout")
     ear.hold.set()
     await pusher.aclose()
