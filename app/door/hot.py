@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from functools import lru_cache, partial
+from itertools import cycle
 from typing import Any
 
 import structlog
@@ -108,9 +109,10 @@ class HotRoutes:
         self._body_max = settings.body_max_bytes
         self._remembered = lru_cache(PATHS_MAX)(self._of_sale)
         self._tasks: set[asyncio.Future[Any]] = set()
-        self._crowded: list[tuple[int, bytes]] = []  # what is told to a crowd in this second
+        self._crowded: Iterator[tuple[int, bytes]] = iter(
+            ()
+        )  # what is told to a crowd in this second, in turn
         self._crowded_date = b""
-        self._turn = 0  # which of them was told last
 
     def drain(self) -> None:
         """Say that this process is about to stop: /readyz answers 503, event streams end, requests go on."""
@@ -172,7 +174,7 @@ class HotRoutes:
     def joins(self, data: bytes) -> bool:
         return data.startswith(b"POST /v1/sales/")
 
-    def turned_away(self, head: bytes, date: bytes) -> bytes:
+    def turned_away(self, data: bytes, date: bytes) -> bytes:
         """503 `busy` without a look at who asks; its `request_id` is new, and CORS as for any answer.
 
         All but the id is built once a second: in a crowd this is what a process does most.
@@ -180,16 +182,18 @@ class HotRoutes:
         self.door.counts["refused", "busy"] += 1
         if date is not self._crowded_date:
             self._crowded_date = date
-            self._crowded = [_crowded(draw / 4, date) for draw in range(4)]
-        self._turn = turn = (self._turn + 1) & 3
-        cors = b""
-        if self._cors:
-            at = head.find(b"\r\norigin:")
-            origin = head[at + 9 : head.index(b"\r", at + 2)].strip() if at >= 0 else None
-            cors = b"".join([b"%b: %b\r\n" % header for header in self._origins.headers(origin)])
+            self._crowded = cycle([_crowded(draw / 4, date) for draw in range(4)])
         request_id = new_request_id()
-        size, told = self._crowded[turn]
+        size, told = next(self._crowded)
+        cors = self._cors_of(data) if self._cors else b""
         return told % (size + len(request_id), request_id, cors, request_id)
+
+    def _cors_of(self, data: bytes) -> bytes:
+        """Header lines for whoever sent this request."""
+        head = data.partition(b"\r\n\r\n")[0].lower() + b"\r\n"
+        at = head.find(b"\r\norigin:")
+        origin = head[at + 9 : head.index(b"\r", at + 2)].strip() if at >= 0 else None
+        return b"".join([b"%b: %b\r\n" % header for header in self._origins.headers(origin)])
 
     def too_many(self) -> Refusal:
         return _too_many(random.random())

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from httptools import HttpParserError, HttpParserUpgrade
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.serving.overload import Gate, keep_looking
@@ -50,8 +50,8 @@ class Express(Protocol):
     def joins(self, data: bytes) -> bool:
         """Whether it is one of those that wait for Redis."""
 
-    def turned_away(self, head: bytes, date: bytes) -> bytes:
-        """That response. head: of the request, in lower case."""
+    def turned_away(self, data: bytes, date: bytes) -> bytes:
+        """That response. data: the whole request."""
 
 
 LINGER_S = 0.5  # s a refused client gets to read why
@@ -124,6 +124,35 @@ def gate_of(settings: Settings) -> Gate | None:
     return Gate(settings.overload_turn_ms / 1000, settings.overload_wait_max_ms / 1000, time.perf_counter)
 
 
+class Whole:
+    """Whether bytes are one whole request and nothing else; a process has one of them, for all its connections.
+
+    The parser that reads requests says so; without headers to collect it takes 0.4 µs, less than a search by hand for
+    the end, the length and whatever makes a request end elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.last = False  # the connection ends behind the request
+        self._parser = HttpRequestParser(self)
+        self._begun = self._complete = 0
+
+    def on_message_begin(self) -> None:
+        self._begun += 1
+
+    def on_message_complete(self) -> None:
+        self._complete += 1
+        self.last = not self._parser.should_keep_alive()
+
+    def __call__(self, data: bytes) -> bool:
+        self._begun = self._complete = 0
+        with contextlib.suppress(HttpParserError, HttpParserUpgrade):
+            self._parser.feed_data(data)
+        whole = self._begun == self._complete == 1
+        if self.last or not whole:  # something stays in it, or it takes no further request
+            self._parser = HttpRequestParser(self)
+        return whole
+
+
 class Lane:
     """What all connections of a process share: limits, the application's hot requests, the gate in front of them."""
 
@@ -138,6 +167,7 @@ class Lane:
         self.connections_max = limit_of_connections(settings.connections_max)
         self.draining = False  # about to stop: every answer is the last of its connection
         self.gate = gate_of(settings) if express is not None else None
+        self.whole = Whole()
         self._watching: asyncio.AbstractEventLoop | None = None  # the loop whose turns are measured
         self._dates: tuple[Any, bytes] = (None, b"")
 
@@ -241,8 +271,9 @@ class Wire(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         gate = self.lane.gate
-        crowd = gate is not None and (gate.up or gate.under_way >= gate.limit)
-        if not self._refused and not (crowd and self._turn_away(data)):
+        if gate is not None and (gate.up or gate.under_way >= gate.limit) and self._turn_away(gate, data):
+            return
+        if not self._refused:
             self._read(data)
 
     def _read(self, data: bytes) -> None:
@@ -297,44 +328,41 @@ class Wire(HttpToolsProtocol):
 
     # the gate
 
-    def _turn_away(self, data: bytes) -> bool:
+    def _turn_away(self, gate: Gate, data: bytes) -> bool:
         """503 to one whole request, unread, if its sender would wait too long.
 
         False: it has to be read. It is of a kind that is never refused, there is room, or it is not one whole request.
+        In a crowd a process does this more often than anything else, and what it costs is not there for those let in.
         """
         lane = self.lane
-        gate, express = lane.gate, lane.express
-        assert gate is not None
+        express = lane.express
         assert express is not None
-        if gate.up and not gate.reading:
-            self.loop.call_soon(gate.turn_ended)
-        if not (
-            express.may_wait(data) if gate.late() else gate.under_way >= gate.limit and express.joins(data)
+        if gate.under_way < gate.limit or not express.joins(data):
+            if not gate.up:
+                return False
+            if not gate.reading:
+                self.loop.call_soon(gate.turn_ended)
+            if not (gate.late() and express.may_wait(data)):
+                return False
+        if (
+            self._head_bytes
+            or not self._in_head
+            or self._answering
+            or self._refused
+            or self.flow.write_paused
         ):
             return False
-        between = self._in_head and self._head_bytes == 0 and not self._answering
-        if not between or not (self.cycle is None or self.cycle.response_complete) or self.flow.write_paused:
+        if self.cycle is not None and not self.cycle.response_complete:
             return False
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        head = data[: end + 2].lower()
-        length = 0
-        at = head.find(b"\r\ncontent-length:")
-        if at >= 0:
-            digits = head[at + 17 : head.index(b"\r", at + 2)].strip()
-            if not digits.isdigit() or len(digits) > 9:
-                return False
-            length = int(digits)
-        if end + 4 + length != len(data) or b"\r\ntransfer-encoding:" in head:
+        if not lane.whole(data):
             return False
         gate.turn_away()
         self._heads += 1
-        self.server_state.total_requests += 1
-        self._unset_keepalive_if_required()
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
         self._idle_since = self.loop.time()
-        response = express.turned_away(head, lane.date_of(self.server_state.default_headers))
-        self._write(response, last=b"\r\nconnection: close\r\n" in head or b" http/1.0\r\n" in head)
+        response = express.turned_away(data, lane.date_of(self.server_state.default_headers))
+        self._write(response, last=lane.whole.last)
         return True
 
     def _write(self, response: bytes, *, last: bool = False) -> None:

@@ -328,3 +328,32 @@ async def test_a_client_that_leaves_while_it_waits_is_not_counted_for_ever() -> 
         await until(lambda: front.connections == 0)
         held.pop()()
         assert gate.under_way == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "whole", "last"),
+    [
+        (GET, True, False),
+        (POST + b"abcdefghij", True, False),
+        (POST.replace(b"Content-Length: 10", b"content-length:10 ") + b"abcdefghij", True, False),
+        (POST + b"\r\n\r\nabcdef", True, False),
+        (POST + b"abc", False, False),
+        (POST + b"abcdefghijk", False, False),
+        (GET + GET, False, False),
+        (GET + GET[:20], False, False),
+        (GET[:20], False, False),
+        (b"", False, False),
+        (b"nothing known\r\n\r\n", False, False),
+        (GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), True, True),
+        (GET.replace(b"1.1", b"1.0"), True, True),
+        (GET.replace(b"\r\n\r\n", b"\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"), True, False),
+        (GET.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n") + b"1\r\na\r\n", False, False),
+    ],
+)  # fmt: skip
+def test_only_one_whole_request_is_refused_unread(data: bytes, whole: bool, last: bool) -> None:
+    holds = wire.Whole()
+    for _ in range(2):  # nothing stays in it
+        assert holds(data) is whole
+        assert not whole or holds.last is last
+        assert holds(POST + b"abcdefghij")
+        assert not holds.last
