@@ -38,7 +38,7 @@ from app.redis.link import Link
 from app.scripts import Scripts
 from app.settings import Settings
 from app.work.streams import Entry
-from loadtest.bench.machine import cpu_s, family
+from loadtest.bench.machine import cpu_by_role
 from loadtest.bench.results import Found, Plan, Sheet, at_least, spread
 from loadtest.bench.rounds import Void
 
@@ -56,24 +56,21 @@ class Bench:
         self.confirmer = Confirmer(engine, link, self.scripts, settings)
         self.keys = SaleKeys(SALE)
         self.buyers = 0
-        self.postgres_pid, self.redis_pid = stores
-        self._pids: dict[str, list[int]] = {}
+        postgres_pid, redis_pid = stores
+        self._pids = {"worker": [os.getpid()], "redis": [redis_pid], "postgres": [postgres_pid]}
         self._cpu: dict[str, float] = {}
         self._at = 0.0
         self.spent: dict[str, float] = {}  # s of CPU of the last measure, by process
 
     def begin(self) -> None:
-        """The work is ready: from here on time and CPU count. Backends of open connections are Postgres' children."""
-        self._pids = {
-            "worker": [os.getpid()], "redis": [self.redis_pid], "postgres": family(self.postgres_pid)
-        }  # fmt: skip
-        self._cpu = {role: cpu_s(pids) for role, pids in self._pids.items()}
+        """The work is ready: from here on time and CPU count."""
+        self._cpu = cpu_by_role(self._pids)
         self._at = time.perf_counter()
 
     def end(self) -> float:
         """The work is done; returns its seconds."""
         took = time.perf_counter() - self._at
-        self.spent = {role: cpu_s(pids) - self._cpu[role] for role, pids in self._pids.items()}
+        self.spent = {role: cpu - self._cpu[role] for role, cpu in cpu_by_role(self._pids).items()}
         return took
 
     async def wrong(self, count: int, name: str) -> str | None:

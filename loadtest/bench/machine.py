@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -93,6 +93,12 @@ def cpu_s(pids: Iterable[int]) -> float:
                 own = max(own - TICK_S, exact / 1e9)  # threads that have ended are only in stat
             total += own + ended
     return total
+
+
+def cpu_by_role(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """`cpu_s` of each role. `postgres`: its first process and all descendants as they are now, since it starts one for
+    each connection, and one that is made in the middle of a measurement costs as much as the others."""
+    return {role: cpu_s(family(own[0]) if role == "postgres" else own) for role, own in pids.items()}
 
 
 def busy_s() -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from app.embedded import Postgres
 from loadtest.bench.door import Door, Sales, doors
-from loadtest.bench.machine import family, on_cores
+from loadtest.bench.machine import on_cores
 from loadtest.bench.requests import BODY, request
 from loadtest.bench.results import Found, Plan, Verdict, at_least, at_most, course_sheet, percent
 from loadtest.bench.rounds import Course, Measure, Subject, ratios
@@ -52,7 +52,7 @@ async def section(shop: Shopfront, sales: Sales, plan: Plan) -> Found:
                 Subject("naive", "naive: FastAPI, one EVALSHA each", naive.port,
                         {"api": naive.pids, "redis": [shop.valkey.pid]}, Purchases(), frozenset({202})),
                 Subject("postgres-only", "Postgres only: UPDATE + INSERT", alone.port,
-                        {"api": alone.pids, "postgres": family(postgres.pid)}, Purchases(), frozenset({202})),
+                        {"api": alone.pids, "postgres": [postgres.pid]}, Purchases(), frozenset({202})),
             ]  # fmt: skip
             courses = await Measure(plan.seconds, shop.numbers, plan.say).interleaved(
                 subjects,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loadtest.bench.machine import busy_s, cpu_s
+from loadtest.bench.machine import busy_s, cpu_by_role
 from loadtest.generator import LATE_S, Result, closed_loop
 
 TRIES = 3  # of a round before its figure is void
@@ -168,7 +168,7 @@ class Measure:
         gc.disable()  # a collection in the generator would be a stall of the server
         try:
             numbers = await self.redis() if self.redis else None
-            before = {role: cpu_s(pids) for role, pids in subject.pids.items()}
+            before = cpu_by_role(subject.pids)
             all_before = busy_s()
             result, _ = await closed_loop(
                 "127.0.0.1", subject.port, subject.requests(), connections=connections, seconds=self.seconds
@@ -179,7 +179,7 @@ class Measure:
                 await subject.settle()
                 whole_s += time.perf_counter() - began
             all_spent = busy_s() - all_before
-            spent = {role: cpu_s(pids) - before[role] for role, pids in subject.pids.items()}
+            spent = {role: cpu - before[role] for role, cpu in cpu_by_role(subject.pids).items()}
             numbers_after = await self.redis() if self.redis else None
         finally:
             gc.enable()

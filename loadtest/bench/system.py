@@ -84,7 +84,7 @@ async def _measure(urls_path: Path, key: str, pinning: Pinning, plan: Plan) -> F
     subject = Subject(
         "system", "join with a pass, and the order in Postgres", port,
         {"api": [pids["front"]], "redis": [pids["valkey"]], "worker": [pids["worker"]],
-         "postgres": family(pids["postgres"])},
+         "postgres": [pids["postgres"]]},
         joins, frozenset({202}), ready, settled,
     )  # fmt: skip
     watching = asyncio.create_task(backlog.watch())

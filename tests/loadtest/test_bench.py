@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +16,7 @@ import pytest
 from app.tokens import Keyring
 from loadtest.bench import command, growth, plots, report
 from loadtest.bench.door import verdicts
-from loadtest.bench.machine import Pinning
+from loadtest.bench.machine import Pinning, cpu_by_role
 from loadtest.bench.requests import Joins
 from loadtest.bench.results import Found, Plan, at_least, at_most, course_sheet
 from loadtest.bench.rounds import TRIES, Course, Measure, Round, Subject, Void, offered, ratios, void_reason
@@ -270,3 +272,21 @@ def test_quick_is_short() -> None:
     assert quick.rounds * quick.seconds <= 1
     assert usual == Plan(say=usual.say)
     assert usual.rounds >= 5
+
+
+BACKEND = "import time\nuntil = time.process_time() + 0.1\nwhile time.process_time() < until: pass\nprint()\ninput()"
+SERVER = f"import subprocess, sys; print(); input(); subprocess.run([sys.executable, '-uc', {BACKEND!r}])"
+
+
+def test_a_connection_that_is_made_while_it_is_measured_costs_postgres_too() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-uc", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        server.stdout.readline()
+        before = cpu_by_role({"postgres": [server.pid]})["postgres"]
+        server.stdin.write(b"\n")
+        server.stdin.flush()
+        server.stdout.readline()  # the backend has worked, and waits
+        assert cpu_by_role({"postgres": [server.pid]})["postgres"] - before >= 0.09
+        server.communicate(b"\n")
