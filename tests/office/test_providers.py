@@ -21,7 +21,9 @@ PROVIDERS = "/v1/admin/providers"
 
 def worker(office: Office, link: Link) -> SharedBreaker:
     """The breaker of a worker."""
-    rules = structs.replace(guard_rules(office.desk.settings, "payment").breaker, open_ms=30_000)
+    rules = structs.replace(
+        guard_rules(office.desk.settings, "payment").breaker, open_ms=30_000, open_max_ms=30_000
+    )
     return SharedBreaker("sandbox", rules, Scripts(link), who="w1")
 
 
