@@ -691,19 +691,21 @@ def the_draw(h: History, r: Result) -> None:
             r.find(f"{item.sku}: beacon {item.beacon_used!r} is not the one that was named")
         if draw.draw_key(seed, chain, item.beacon_used) != item.drawn_key:
             r.find(f"{item.sku}: the key of the draw is another")
+        keys = draw.round_keys(item.drawn_key, item.drawn_n)
         for ticket, seen in h.told.items():
             last = _end(seen[-1])
-            if last.sku == item.sku and last.seq is not None and last.seq <= item.drawn_n:
-                if not _of_this_epoch(h, seen):
-                    continue
-                r.looked_at += 1
-                if ticket != f"{last.seq}-{hashes[last.seq - 1]}":
-                    r.find(f"ticket {ticket} was not in the draw as told", last.buyer)
-                keys = draw.round_keys(item.drawn_key, item.drawn_n)
-                rank = draw.rank_of(last.seq, item.drawn_n, keys)
-                wrong = [_end(done).rank for done in seen if _end(done).rank not in (None, rank)]
-                if wrong:
-                    r.find(f"ticket {ticket} was told rank {wrong[0]}, the draw says {rank}", last.buyer)
+            if last.sku != item.sku or last.seq is None or not _of_this_epoch(h, seen):
+                continue
+            early = last.seq <= item.drawn_n
+            if not early and h.anew:
+                continue  # the ranks of its first line went with it
+            r.looked_at += 1
+            if early and ticket != f"{last.seq}-{hashes[last.seq - 1]}":
+                r.find(f"ticket {ticket} was not in the draw as told", last.buyer)
+            rank = draw.rank_of(last.seq, item.drawn_n, keys) if early else last.seq
+            wrong = [_end(done).rank for done in seen if _end(done).rank not in (None, rank)]
+            if wrong:
+                r.find(f"ticket {ticket} was told rank {wrong[0]}, the draw says {rank}", last.buyer)
 
 
 # --- small questions -------------------------------------------------------------------------------------------------

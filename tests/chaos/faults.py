@@ -79,6 +79,7 @@ POISON = (  # what claims of an entry share, and one of a ticket number that nob
     (b"1|1|NO-SUCH-ITEM|1", b"%d:1", b"buyer"),
     (b"1|1|A|1", b"%d:1", b"\xff\xfe no text"),
 )
+POISON_MAX = 25  # a sale: far more than one in a hundred; each is bisected out, which is a few transactions
 ADD = """
 if redis.call('EXISTS', KEYS[1]) == 1 then
   redis.call('XADD', KEYS[2], '*', 'c', ARGV[1], ARGV[2], ARGV[3])
@@ -91,8 +92,7 @@ end
 async def poison(stage: Stage) -> None:
     """Entries that are no claims, or that no statement can hold, among the claims: more than one in a hundred."""
     async with redis.asyncio.Redis.from_url(stage.valkey.url, retry=None) as client:
-        number = 0
-        while True:
+        for number in range(POISON_MAX):
             await asyncio.sleep(0.4 + stage.dice.random() * 0.4)
             shared, ticket, buyer = POISON[number % len(POISON)]
             raw = (shared, ticket % (900_001 + number), buyer)
@@ -100,7 +100,6 @@ async def poison(stage: Stage) -> None:
             of = SaleKeys(stage.sale)
             with contextlib.suppress(RedisError, OSError):
                 await client.eval(ADD, 2, of.sale, of.orders, *raw)
-            number += 1
 
 
 # --- kills, stops, crash points --------------------------------------------------------------------------------------
@@ -249,9 +248,11 @@ def cuts(seed: int, count: int = 4) -> Plan:
 
 # --- stores that are full, away, or not what they were ----------------------------------------------------------------
 
+PAY_WITHIN_S = 300  # of sales whose deadlines the plan lets pass: longer than any of them lasts
+
 
 def hardly_paying(dice: random.Random, over_s: float) -> list[Buyer]:
-    """Of five orders two are surely there that can be released."""
+    """Nine in ten of those who would pay do not: there are orders that can be released."""
     people = all_sorts(dice, over_s)
     for buyer in people:
         if dice.random() < 0.9:
@@ -290,8 +291,16 @@ async def deadlines_pass(stage: Stage, most: int) -> None:
     )
 
 
+async def nobody_can_pay_any_more(stage: Stage) -> None:
+    """Whatever is not paid ends, order by order, so that the sale comes to rest."""
+    while True:
+        await deadlines_pass(stage, 100)
+        await asyncio.sleep(0.2)
+
+
 async def a_release_runs(stage: Stage) -> None:
-    """The deadline of one unpaid order passes now, however long the fault took to show, and its units go back."""
+    """The deadline of one unpaid order passes now, and its units go back. Before, no deadline passes by itself
+    (PAY_WITHIN_S), so that there is such an order however long the fault took to show."""
     before = await releases(stage)
     await deadlines_pass(stage, 1)
 
@@ -299,6 +308,13 @@ async def a_release_runs(stage: Stage) -> None:
         return await releases(stage) > before
 
     await stage.until(more, SEEN_WITHIN_S)
+
+
+async def the_next_wins(stage: Stage) -> None:
+    """All is well again: units come back, and somebody new is told `reserved`."""
+    had = sum("reserved" in buyer.states for buyer in stage.crowd.people)
+    await deadlines_pass(stage, 100)
+    await stage.told("reserved", had + 1)
 
 
 def redis_full(seed: int) -> Plan:
@@ -313,14 +329,13 @@ def redis_full(seed: int) -> Plan:
             await a_join_gets_503(stage)
             await a_release_runs(stage)
             await client.config_set("maxmemory", 0)
-        had = sum("reserved" in buyer.states for buyer in stage.crowd.people)
-        await stage.told("reserved", had + 1)
-        await deadlines_pass(stage, 100)
+        await the_next_wins(stage)
 
     return Plan(
         f"redis_full-{seed}",
         units=5,
-        pay_within_s=12,  # longer than the fault takes to show
+        pay_within_s=PAY_WITHIN_S,
+        afterwards=(nobody_can_pay_any_more,),
         buyers=lambda dice: hardly_paying(dice, 14.0),
         control={"late_pay": True},
         fault=fill,
@@ -356,14 +371,13 @@ def disk_full(seed: int) -> Plan:
         other.unlink()
         disk.look()
         assert not disk.shut, said
-        had = sum("reserved" in buyer.states for buyer in stage.crowd.people)
-        await stage.told("reserved", had + 1)
-        await deadlines_pass(stage, 100)
+        await the_next_wins(stage)
 
     return Plan(
         f"disk_full-{seed}",
         units=5,
-        pay_within_s=12,  # longer than the fault takes to show
+        pay_within_s=PAY_WITHIN_S,
+        afterwards=(nobody_can_pay_any_more,),
         buyers=lambda dice: hardly_paying(dice, 20.0),
         control={"late_pay": True},
         small_disk_mb=24,

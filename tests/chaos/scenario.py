@@ -126,6 +126,9 @@ class Plan:
     worker_name: str = ""  # all workers have this one name; empty: each has its own
     chain: tuple[str, ...] = ()  # crash points, each struck once in whatever order
     meanwhile: tuple[Callable[[Stage], Awaitable[None]], ...] = ()  # goes on until the faults are healed
+    afterwards: tuple[
+        Callable[[Stage], Awaitable[None]], ...
+    ] = ()  # goes on from the close until all is at rest
     dresses: Mapping[str, str] = field(default_factory=dict)  # process -> what else it gets after its fork
     small_disk_mb: int = 0  # Redis has a disk of its own, so small
     valkey: Mapping[str, str] = field(default_factory=dict)  # settings of the planted run only
@@ -277,7 +280,7 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
             proxy,
             cables,
         )
-        ended = await _let_them_in(plan, stage, patience_s=3.0 if planted else PEOPLE_WITHIN_S)
+        ended = await _let_them_in(plan, stage, stack, patience_s=3.0 if planted else PEOPLE_WITHIN_S)
         await calls_come_through(sandbox, within_s=CALLS_WITHIN_S if not planted else 1.0)
         rested = await finish(
             record,
@@ -300,7 +303,9 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
     )
 
 
-async def _let_them_in(plan: Plan, stage: Stage, *, patience_s: float) -> list[BaseException | None]:
+async def _let_them_in(
+    plan: Plan, stage: Stage, stack: contextlib.AsyncExitStack, *, patience_s: float
+) -> list[BaseException | None]:
     """The sale itself, from the first buyer to everybody's last answer. Returns how each buyer's visit ended."""
     crowd = stage.crowd
     going = [
@@ -311,8 +316,12 @@ async def _let_them_in(plan: Plan, stage: Stage, *, patience_s: float) -> list[B
         await asyncio.gather(plan.fault(stage), stage.after_opening(plan.open_for_s))
         for task in beside:
             await _end(task)
+        # Who was killed last is back before the fault is over: on a busy machine a start takes half a minute.
+        await stage.system.back(within_s=4 * patience_s * PATIENCE)
         stage.record.mark("healed")
         await _close(stage.desk, stage.sale)
+        for go_on in plan.afterwards:
+            stack.push_async_callback(_end, asyncio.create_task(go_on(stage)))
         for buyer, task in zip(crowd.people, going, strict=True):
             if stage.opens_s + buyer.arrives_s > crowd.now_s():
                 task.cancel()  # they hear that it is over, and stay at home

@@ -203,6 +203,8 @@ class System:
 
     def spawn(self, name: str, point: str | None = None) -> None:
         role = self.roles[name]
+        if port_file := role.environment.get("FAIRDROP_PORT_FILE"):
+            Path(port_file).unlink(missing_ok=True)  # of the incarnation before
         environment = {**role.environment, STRUCK: str(self.folder / "struck")}
         armed = [point] if point else [one for one in self.to_strike() if _role_of(one) == role.role]
         if armed:
@@ -233,6 +235,27 @@ class System:
         while not await asyncio.to_thread(answers, self.url(name)):
             assert time.monotonic() < deadline, f"{name} does not answer: {self.last_words(name)}"
             await asyncio.sleep(0.02)
+
+    async def back(self, within_s: float) -> bool:
+        """Wait until every process serves again. False: some do not yet, after so long."""
+        deadline = time.monotonic() + within_s
+        for role in self.roles.values():
+            while not await self._serves(role):
+                if time.monotonic() > deadline:
+                    return False
+                await asyncio.sleep(0.02)
+        return True
+
+    async def _serves(self, role: Role) -> bool:
+        if not role.running():
+            return False
+        url = role.url
+        if role.role == "worker":
+            port_file = Path(role.environment["FAIRDROP_PORT_FILE"])
+            if not port_file.exists():
+                return False
+            url = f"http://127.0.0.1:{port_file.read_text().strip()}"
+        return await asyncio.to_thread(answers, url)
 
     async def _until(self, reached: object, what: str) -> None:
         deadline = time.monotonic() + ANSWERS_WITHIN_S
