@@ -94,6 +94,10 @@ def a_unit_too_many_in_redis(lines: list[Line], dice: Dice) -> list[Line]:
     return change(lines, item(lines), left=left + 1)
 
 
+def redis_would_sell_twice(lines: list[Line], dice: Dice) -> list[Line]:
+    return change(lines, item(lines), left=item(lines).total + 1)
+
+
 def a_unit_vanished(lines: list[Line], dice: Dice) -> list[Line]:
     left = item(lines).left
     if left is None:
@@ -145,7 +149,8 @@ def served_for_nothing(lines: list[Line], dice: Dice) -> list[Line]:
 
 
 def charged_twice(lines: list[Line], dice: Dice) -> list[Line]:
-    first = pick(lines, Supplier, dice, lambda s: s.op == "captured")
+    paid = {line.order_no for line in lines if isinstance(line, Order) and line.state == "paid"}
+    first = pick(lines, Supplier, dice, lambda s: s.op == "captured" and s.order in paid)
     return [*lines, msgspec.structs.replace(first, capture="other", at=first.at + 1)]
 
 
@@ -467,7 +472,7 @@ FOUND_AS: dict[Change, tuple[str, str]] = {
     served_for_nothing: ("queue", "there is no order, no refusal"),
     redis_says_it_waits: ("queue", "in Redis its byte is 'w'"),
     claims_miscounted: ("queue", "the scripts count 1"),
-    charged_twice: ("money", "the supplier holds"),
+    charged_twice: ("money", "was charged 2 times"),
     wrong_amount: ("money", "the supplier holds"),
     not_refunded: ("money", "the supplier holds"),
     paid_for_nothing: ("money", "the supplier holds 0"),
@@ -485,6 +490,7 @@ FOUND_AS: dict[Change, tuple[str, str]] = {
     redis_says_less: ("stores", "Redis tells its ticket 'r'"),
     redis_is_behind: ("stores", "is at version"),
     agreed_late: ("stores", "s after healing"),
+    redis_would_sell_twice: ("stores", "Redis would give away"),
     stock_is_lost: ("stores", "has lost the stock"),
     unit_never_arrived: ("stores", "still on their way"),
     status_is_lost: ("stores", "its status in Redis is not"),
