@@ -124,7 +124,8 @@ class History:
     def anew(self) -> bool:
         return self.sale is not None and self.sale.epoch > 1
 
-    def __init__(self, lines: Iterable[Line]) -> None:
+    def __init__(self, lines: Iterable[Line], agree_within_s: float) -> None:
+        self.agree_within_s = agree_within_s
         self.run = Run()
         self.sale: Sale | None = None
         self.ops: list[Done] = []  # by begin
@@ -200,9 +201,9 @@ class History:
         return sum(mark.what == "poison" for mark in self.marks)
 
 
-def judge(lines: Iterable[Line]) -> Verdict:
+def judge(lines: Iterable[Line], *, agree_within_s: float = AGREE_WITHIN_S) -> Verdict:
     """Judge one history. A history without its end (no `sale` line) is judged by what clients and supplier said."""
-    history = History(lines)
+    history = History(lines, agree_within_s)
     results = []
     for name, check in CHECKS.items():
         result = Result(name)
@@ -565,9 +566,9 @@ def stores(h: History, r: Result) -> None:
     agreed = next((mark.at for mark in reversed(h.marks) if mark.what == "agreed"), None)
     if healed is not None and agreed is not None:
         r.looked_at += 1
-        if agreed - healed > AGREE_WITHIN_S:
+        if agreed - healed > h.agree_within_s:
             r.find(
-                f"the stores agreed {agreed - healed:.1f} s after healing, not within {AGREE_WITHIN_S:.0f} s"
+                f"the stores agreed {agreed - healed:.1f} s after healing, not within {h.agree_within_s:.0f} s"
             )
     if not h.held or h.sale is None:
         return

@@ -29,7 +29,7 @@ from app.demo.desk import Desk
 from app.embedded import Postgres, Valkey, find_valkey
 from app.errors import FairdropError
 from app.history.final import finish
-from app.history.judge import Verdict, judge
+from app.history.judge import AGREE_WITHIN_S, Verdict, judge
 from app.record import Line, Mark, Recorder, Run, read
 from tests.chaos.cable import Cable
 from tests.chaos.dresses import CLOCK, write_clock
@@ -292,7 +292,7 @@ async def play(plan: Plan, zygote: Zygote, stores: Stores, seed: int, *, planted
         )
     lines = read(folder / "history.jsonl")
     return Outcome(
-        judge(lines),
+        judge(lines, agree_within_s=AGREE_WITHIN_S * PATIENCE),
         lines,
         time.monotonic() - began,
         system.deaths,
@@ -317,7 +317,7 @@ async def _let_them_in(
         for task in beside:
             await _end(task)
         # Who was killed last is back before the fault is over: on a busy machine a start takes half a minute.
-        await stage.system.back(within_s=4 * patience_s * PATIENCE)
+        await stage.system.back(within_s=4 * patience_s)
         stage.record.mark("healed")
         await _close(stage.desk, stage.sale)
         for go_on in plan.afterwards:
