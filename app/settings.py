@@ -306,6 +306,11 @@ class Settings(BaseSettings):
         15.0, gt=1, description="s a slowdown holds after the worker that wanted it was last seen"
     )
     reconcile_every_s: float = Field(10.0, description="s between two comparisons of Redis and Postgres")
+    audit_every_s: float = Field(
+        20.0,
+        ge=0.1,
+        description="s between two audits of the sales that are going on (sums, not each ticket)",
+    )
     pulse_every_s: float = Field(1.0, description="s between two pulses (rollback detection)")
     rebuild_auto: bool = Field(
         True, description="make a sale anew from Postgres when its Redis was lost, promoted or rolled back"

@@ -34,6 +34,7 @@ from app.purchase.degrade.extend import Extender
 from app.purchase.feed import AsksLoop, ConfirmLoop
 from app.purchase.release import PayAsk, Releaser
 from app.redis.cluster import open_link
+from app.repair.audit import Auditor
 from app.repair.bills import Biller
 from app.repair.reconcile import Reconciler, copy_routes
 from app.scripts import Scripts
@@ -121,6 +122,7 @@ class Worker:
         )
         self.biller = Biller(self.engine, self.providers, settings)
         self.reconciler = Reconciler(self.engine, self.link, self.scripts, self.admitter, settings)
+        self.auditor = Auditor(self.engine, self.link, lambda: self.admitter.watched)
 
     async def _clear(self, order_no: str) -> Any:
         return await pay.clear_attempts(self.engine, self.providers, order_no)
@@ -221,6 +223,7 @@ class Worker:
                 loop("routes-copy", once(partial(copy_routes, self.engine, self.link)), ROUTES_EVERY_S)
                 urgent("rebuild", once(self.reconciler.mend), MEND_EVERY_S, self.reconciler.elected)
                 loop("reconcile", once(self.reconciler.compare_all), s.reconcile_every_s)
+                loop("audit", once(self.auditor.turn), s.audit_every_s)
                 loop("bills", self.biller.turn, BILLS_EVERY_S)
                 loop("bills-again", self.biller.again, BILLS_AGAIN_EVERY_S)
                 loop("settle", self.reconciler.settle, SETTLE_EVERY_S)

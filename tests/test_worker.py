@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -31,6 +32,7 @@ from app.ledger import confirming, orders
 from app.problems import CODES, Problem
 from app.purchase.confirm import Confirmer, claims_of
 from app.purchase.feed import READ_MAX, ConfirmLoop
+from app.repair import audit
 from app.repair.reconcile import Reconciler
 from app.settings import Settings
 from app.work.loops import Health, keep_going
@@ -217,6 +219,47 @@ async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatc
         await until(compared, "the sale is compared again and again")
         assert turns["pulse"] == 1
         assert turns["compare"] <= (time.monotonic() - began) / 0.3 + 2
+
+
+async def test_books_that_do_not_agree_are_a_metric_and_call_a_person_once(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, called = 0, []
+    run = audit.run
+
+    async def counted(*args: Any, **more: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return await run(*args, **more)
+
+    monkeypatch.setattr(audit, "run", counted)
+    monkeypatch.setattr(audit, "alert", lambda kind, _why, **facts: called.append((kind, facts["check"])))
+    await shop.publish(5)
+
+    async def seen(held: float) -> None:
+        async def told() -> bool:
+            labels = {"sale": SALE, "name": "units_add_up:A"}
+            return REGISTRY.get_sample_value("fairdrop_invariant_holds", labels) == held
+
+        await until(told, f"the metric says {held}")
+
+    async def looked(times: int) -> None:
+        most = looks + times
+
+        async def enough() -> bool:
+            return looks > most
+
+        await until(enough, f"{times} looks more")
+
+    async with at_work(shop, audit_every_s=0.1):
+        await seen(1)
+        await shop.link.call("HINCRBY", shop.keys.stock, "A", -1)  # somebody did
+        await seen(0)
+        await looked(2 * audit.SURE_AFTER)
+        assert called == [("invariant_broken", "units_add_up:A")]
+        await shop.link.call("HINCRBY", shop.keys.stock, "A", 1)
+        await seen(1)
+    assert len(called) == 1
 
 
 async def test_standby_buyers_win_what_others_do_not_pay(shop: Shop) -> None:
