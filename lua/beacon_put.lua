@@ -11,11 +11,11 @@
 -- Law: never before the freeze (who knows it could still choose whom to let join), never changed.
 -- Cost: O(1).
 --@ part sale
-local value = redis.call('HGET', KEYS[1], 'beacon_value')
-if value and value ~= '' then
-  return {'ALREADY', value}
+local v = redis.call('HMGET', KEYS[1], 'beacon_value', 'freeze_ms')
+if v[1] and v[1] ~= '' then
+  return {'ALREADY', v[1]}
 end
-if now < tonumber(S.freeze_ms) then
+if now < tonumber(v[2]) then
   return {'EARLY'}
 end
 redis.call('HSET', KEYS[1], 'beacon_value', ARGV[4])

@@ -13,6 +13,7 @@
 -- Law: the number moves with the entries in every script that adds or removes one; here it only follows them.
 -- Cost: O(1).
 --@ part sale
+--@ part admission
 local made, open_, counted = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 if S.claims_made ~= made or S.claims_open ~= open_ then
   return {'COUNTED', S.claims_open}

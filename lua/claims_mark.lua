@@ -42,6 +42,7 @@ for at = 10, 8 + 2 * r, 2 do
   end
 end
 local told = redis.call('HMGET', STATUS, unpack(fields))
+local claims_open = tonumber(redis.call('HGET', KEYS[1], 'claims_open') or 0)
 local done, tell, changes = {}, {}, {}
 local t, i = 0, 0
 for at = 10, 8 + 2 * r, 2 do
@@ -82,5 +83,5 @@ for at = 10 + 2 * r, #ARGV, 2 do
   end
   first = first + count
 end
-remove(ARGV[5], over, S.claims_open)
+remove(ARGV[5], over, claims_open)
 return {'MARKED', words}

@@ -19,6 +19,7 @@
 -- Law: see part serve; the first call after the opening fixes the draw. Nothing to do writes nothing.
 -- Cost: O(work_max).
 --@ part sale
+--@ part admission
 --@ part tokens
 local ITEM, STOCK, OUTCOME, LINE, ORDERS = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local sku = ARGV[4]

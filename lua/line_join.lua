@@ -29,7 +29,7 @@
 --   old: for each H and X, in their order, 'sku:seq:units' and its byte
 -- Law: one live ticket a buyer; seqs are given once, without gaps; a unit leaves `stock` only together with its claim in
 --   `orders`; at once only while nobody waits. A call whose answers are all refusals or old tickets writes nothing.
--- Cost: 6 reads and at most 6 writes a batch: all its claims are one entry; and one XADD for each new ticket that waits.
+-- Cost: 7 reads and at most 6 writes a batch: all its claims are one entry; and one XADD for each new ticket that waits.
 --   4 reads and no table for a batch of which nobody has a ticket and nobody can get one.
 --@ part sale
 local ITEM, STOCK = KEYS[2], KEYS[3]
@@ -103,15 +103,17 @@ if holders > 0 then
     end
   end
 end
+--@ part admission
 --@ part tokens
 local LIVE = {w = true, c = true, r = true, p = true}
 
 local backlog_max = tonumber(ARGV[5])
 local backlog = S.claims_open
-local waiting, line_max = redis.call('XLEN', KEYS[5]), tonumber(S.line_max)
+local waiting, line_max = nil, tonumber(S.line_max)  -- of the line, read for the first who must wait
 local first = I.next_seq
 local seq, served, left = first, I.served, stock  -- as they will be after this batch
 local serving = open and I.ready and not paused and not I.paused
+local ends = open and not S.standby  -- who finds nothing left is told so at once
 local early = not open and now < tonumber(S.freeze_ms) and I.early == first - 1
 local again, hashes, chain = ARGV[7], ARGV[8], {}
 
@@ -120,13 +122,8 @@ local again, hashes, chain = ARGV[7], ARGV[8], {}
 local DIGIT = {[0] = '0', '1', '2', '3', '4', '5', '6', '7', '8', '9'}
 local prefix = sku .. ':'
 local tens = first < 10 and '' or string.format('%d', math.floor(first / 10))
-local text, units = nil, same_units
-local each
-if units then
-  text = string.format('%d', units)
-else
-  each = string.gmatch(ARGV[9], '%d+')
-end
+local text, units = ARGV[9], same_units
+local each = not units and string.gmatch(text, '%d+')
 
 local fresh = {}  -- buyer -> where in tickets their ticket of this batch is
 local tickets, t = {}, 0  -- arguments of HSET
@@ -141,11 +138,12 @@ for i = 1, n do
     text = each()
     units = tonumber(text)
   end
-  local ticket, byte = held[i], byte_of[i]
+  local ticket, byte = held[i], nil
   local mine = fresh[buyer]
   if mine then
     ticket, byte = tickets[mine], first + mine / 2 - 1 <= served and 'c' or 'w'
   elseif ticket then
+    byte = byte_of[i]
     if byte == 'w' and closed then
       byte = 'x'
     end
@@ -163,29 +161,34 @@ for i = 1, n do
     word = turned
   elseif units > limit then
     word = 'L'
-  elseif open and not S.standby and (left == 0 or units > left and served == seq - 1) then
+  elseif ends and (left == 0 or units > left and served == seq - 1) then
     word = 'S'
   else
     local claim = serving and served == seq - 1 and units <= left and (unlimited or tokens >= TOKEN)
+    if not claim then
+      waiting = waiting or redis.call('XLEN', KEYS[5])
+    end
     if not claim and waiting >= line_max then
       word = 'F'
     elseif open and backlog >= backlog_max then
       word = 'B'
     else
       local digit = DIGIT[seq % 10]
-      local place = tens .. digit .. ':' .. text
       t = t + 2
-      tickets[t - 1], tickets[t] = buyer, prefix .. place
       fresh[buyer] = t
       if claim then
+        local place = tens .. digit .. ':' .. text
+        tickets[t - 1], tickets[t] = buyer, prefix .. place
         left, tokens, backlog, served = left - units, tokens - TOKEN, backlog + 1, seq
-        c = c + 1
-        claims[2 * c - 1], claims[2 * c] = place, buyer
+        c = c + 2
+        claims[c - 1], claims[c] = place, buyer
         word = 'C'
       else
+        local id = tens .. digit  -- as good as <seq>-0
+        tickets[t - 1], tickets[t] = buyer, prefix .. id .. ':' .. text
         waiting = waiting + 1
         w = w + 2
-        places[w - 1], places[w] = tens .. digit .. '-0', text .. ':' .. buyer
+        places[w - 1], places[w] = id, text .. ':' .. buyer
         word = 'W'
       end
       if early then
@@ -207,7 +210,7 @@ if seq == first then
 end
 
 redis.call('HSET', KEYS[7], unpack(tickets))
-redis.call('SETRANGE', KEYS[4], first - 1, string.rep('c', c) .. string.rep('w', w / 2))
+redis.call('SETRANGE', KEYS[4], first - 1, string.rep('c', c / 2) .. string.rep('w', w / 2))
 for i = 1, w, 2 do
   redis.call('XADD', KEYS[5], places[i], 'b', places[i + 1])
 end
@@ -223,7 +226,7 @@ if c > 0 then
 end
 if open then
   redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', unlimited and 0 or tokens, 'opened', '1',
-    'claims_open', backlog, 'claims_made', S.claims_made + c)
+    'claims_open', backlog, 'claims_made', S.claims_made + c / 2)
 else
   redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', tokens)
 end

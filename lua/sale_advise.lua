@@ -16,6 +16,7 @@
 --   rate has saved up beyond a second of the slower one is gone with the next ticket.
 -- Cost: O(1).
 --@ part sale
+--@ part admission
 --@ part tokens
 local ends = now + tonumber(ARGV[8])
 redis.call('HSET', KEYS[1], 'last_ms', now, 'tokens_micro', tokens, 'slow_milli', ARGV[4], 'slow_base_milli', ARGV[5],

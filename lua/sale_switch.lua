@@ -13,6 +13,7 @@
 --   Close is one field, O(1), final. A sale past its closing time is closed by whatever switch comes next.
 -- Cost: O(fields).
 --@ part sale
+--@ part admission
 --@ part tokens
 local version = tonumber(redis.call('HGET', KEYS[1], 'version') or 0)
 if version >= tonumber(ARGV[4]) then

@@ -20,6 +20,7 @@
 -- Law: each top-up changes `stock` once; stock never goes below zero (SHORT: nothing was taken).
 -- Cost: O(1), with standby O(work_max).
 --@ part sale
+--@ part admission
 --@ part tokens
 local ITEM, STOCK, OUTCOME, LINE, ORDERS = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local sku = ARGV[4]

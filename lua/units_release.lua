@@ -25,6 +25,7 @@
 --   each version. A closed sale keeps them in stock and serves nobody. Runs when memory is full: it gives back.
 -- Cost: O(1), with standby O(work_max).
 --@ part sale
+--@ part admission
 --@ part tokens
 local ITEM, STOCK, OUTCOME, LINE, ORDERS, STATUS = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local sku, seq = ARGV[4], tonumber(ARGV[5])

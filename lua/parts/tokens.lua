@@ -1,6 +1,6 @@
 -- part tokens: the token bucket, settled to `now`. One token a ticket; leaderless, because the state is in `sale`.
 --
--- Needs part sale. Gives unlimited, tokens (millionths of a ticket), TOKEN (one ticket).
+-- Needs parts sale, admission. Gives unlimited, tokens (millionths of a ticket), TOKEN (one ticket).
 -- Law: 0 <= tokens <= burst; nothing flows in while paused. rate_milli x ms is millionths exactly, so no fraction is lost
 -- however often it is settled; the elapsed time is clamped before the product, which stays below 2^53.
 -- While advice holds (sale_advise; slow_milli >= 0 and now < advice_until_ms) the rate is the lower of the operator's and
