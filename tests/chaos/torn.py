@@ -29,11 +29,12 @@ from redis.exceptions import RedisError
 from app.demo.desk import Desk
 from app.embedded import Valkey, find_valkey
 from app.history.final import finish
-from app.history.judge import judge
+from app.history.judge import AGREE_WITHIN_S, judge
 from app.record import Line, Mark, Op, Recorder, Sale, encode, read
 from tests.chaos.faults import BACK_WITHIN_S, all_sorts, bring_back, top_ups
 from tests.chaos.scenario import (
     CALLS_WITHIN_S,
+    PATIENCE,
     REST_WITHIN_S,
     Outcome,
     Plan,
@@ -270,7 +271,8 @@ async def heal(aside: Aside, cut: int, zygote: Zygote, stores: Stores) -> Outcom
         for line in lines:
             file.write(encode(line))
     seconds = asyncio.get_running_loop().time() - began
-    return Outcome(judge(lines), lines, seconds, [], [], rested, folder / "history.jsonl")
+    verdict = judge(lines, agree_within_s=AGREE_WITHIN_S * PATIENCE)
+    return Outcome(verdict, lines, seconds, [], [], rested, folder / "history.jsonl")
 
 
 async def wait_for_home(valkey: Valkey, database_url: str, sale: str) -> None:

@@ -24,12 +24,12 @@ from typing import Any
 from app.demo.crowd import Buyer, Crowd
 from app.demo.desk import Desk
 from app.history.final import finish
-from app.history.judge import Verdict, judge
+from app.history.judge import AGREE_WITHIN_S, Verdict, judge
 from app.keys import SaleKeys
 from app.providers.sandbox_ledger import Ledger
 from app.record import Attempt, Op, Order, Recorder, Run, Sale, Supplier, read
 from app.redis.cluster import slot_of
-from tests.chaos.scenario import _close, _known
+from tests.chaos.scenario import PATIENCE, _close, _known
 from tests.chaos.system import System, Zygote
 from tests.conftest import Stores
 from tests.ha.redis_cluster import Node, RedisCluster
@@ -39,9 +39,9 @@ SKU = "A"
 SCARCE, PLENTY = 12, 500
 OPENS_IN_S = 1.2
 KILL_AT_S = 2.5  # after the opening
-RECOVERS_WITHIN_S = 60.0  # on a machine that has other things to do
-PEOPLE_WITHIN_S = 20.0
-REST_WITHIN_S = 40.0  # an outbox row that Redis could not take waits up to 15 s for its next try
+RECOVERS_WITHIN_S = 60.0 * PATIENCE  # on a machine that has other things to do
+PEOPLE_WITHIN_S = 20.0 * PATIENCE
+REST_WITHIN_S = 40.0 * PATIENCE  # an outbox row that Redis could not take waits up to 15 s for its next try
 
 # A busy machine looks like a sick supplier, and the sales would slow down for it.
 PATIENT = {
@@ -322,7 +322,7 @@ def _judge(course: Course, ledger: list[Supplier], fault_at: float) -> None:
     mine = {line.order_no for line in lines if isinstance(line, Order)}
     attempts = {line.id for line in lines if isinstance(line, Attempt)}
     lines += [line for line in ledger if line.order in mine or line.attempt in attempts]
-    course.verdict = judge(lines)
+    course.verdict = judge(lines, agree_within_s=AGREE_WITHIN_S * PATIENCE)
     course.epoch = next(line.epoch for line in lines if isinstance(line, Sale))
     offset = time.time() - time.monotonic()
     begun = {line.id: line for line in lines if isinstance(line, Op) and line.do == "invoke"}

@@ -35,14 +35,14 @@ from app.keys import SaleKeys
 from app.ledger import engine as engines
 from app.redis.link import Link
 from app.settings import Settings
-from tests.chaos.scenario import Outcome, Plan, Stage, people, play
+from tests.chaos.scenario import PATIENCE, Outcome, Plan, Stage, people, play
 from tests.chaos.system import Zygote
 from tests.conftest import Stores
 from tests.ha.postgres_pair import Pair
 from tests.ha.redis_watched import Watched
 
 LOOK_EVERY_S = 0.02
-RECOVERED_WITHIN_S = 40.0
+RECOVERED_WITHIN_S = 40.0 * PATIENCE
 UNITS = 40
 WINNERS_FIRST = 3
 WINNERS_WITHIN_S = 60.0

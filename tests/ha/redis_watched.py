@@ -16,7 +16,7 @@ from app.embedded import Valkey, make_folder
 SERVICE = "fairdrop"
 DOWN_AFTER_MS = 1_000  # what deploy/sentinel.conf has
 REPLICA_LAG_MAX_S = 5
-IN_STEP_WITHIN_S = 30.0
+IN_STEP_WITHIN_S = 180.0
 
 
 class Sentinel(Valkey):
