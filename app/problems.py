@@ -98,6 +98,12 @@ CODES: dict[str, Code] = {
     "unknown_channel": Code(
         422, "Unknown channel", "Use one of the sale's channels, and in a sale those that lead to a supplier."
     ),
+    "no_captcha": Code(
+        422,
+        "No captcha verifier",
+        "Nobody could get a pass: set FAIRDROP_CAPTCHA_VERIFY_URL and _SECRET for front and office, or choose another "
+        "challenge.",
+    ),
     "return_url": Code(422, "Return address not allowed", "Use one of the sale's return addresses."),
     "slow_down": Code(429, "Slow down", "Repeat after Retry-After seconds."),
     "line_full": Code(429, "Line full", "Repeat after Retry-After seconds; places may become free."),
@@ -178,8 +184,13 @@ def refuse(
     errors: Sequence[Mapping[str, str]] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Refusal:
-    """A Refusal with the documented status of its code. Detail defaults to what the caller should do."""
+    """A Refusal with the documented status of its code. Detail defaults to what the caller should do.
+
+    429 and 503 always carry Retry-After: a second, where nobody knows better.
+    """
     known = CODES[code]
+    if retry_after_s is None and known.status in (429, 503):
+        retry_after_s = 1
     return Refusal(
         known.status, code, detail or known.do, retry_after_s=retry_after_s, errors=errors, extra=extra
     )
@@ -271,10 +282,26 @@ def field_errors(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     return told
 
 
+_SAYS = {
+    "missing": "is missing",
+    "extra_forbidden": "is no field that is known here",
+    "model_type": "should be a JSON object",
+    "model_attributes_type": "should be a JSON object",
+}
+
+
+def _says(error: Mapping[str, Any]) -> str:
+    """What to do about one of pydantic's errors, for people; never what was given."""
+    kind = str(error["type"])
+    said = str(error.get("msg") or kind).removeprefix("Value error, ")
+    return _SAYS.get(kind) or said[:1].lower() + said[1:]
+
+
 def invalid(errors: Iterable[Mapping[str, Any]]) -> Refusal:
-    told = field_errors(errors)
-    first = told[0] if told else {"path": "", "code": "invalid"}
-    return refuse("invalid", f"{first['path'] or 'body'}: {first['code']}", errors=told)
+    found = list(errors)
+    told = field_errors(found)
+    detail = f"{told[0]['path'] or 'body'}: {_says(found[0])}" if told else ""
+    return refuse("invalid", detail, errors=told)
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------

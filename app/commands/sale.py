@@ -133,7 +133,7 @@ _switch("pause", "Stop admission; joining, payments, releases and deadlines go o
 _switch("resume", "Go on after a pause.")
 _switch("close", "Close for good: whoever waits is told so, whoever holds a unit may finish.")
 
-SaleState = Literal["draft", "scheduled", "open", "paused", "closed", "settled"]
+SaleState = Literal["draft", "scheduled", "line_open", "open", "paused", "sold_out", "closed", "settled"]
 
 
 @sale.command("list")

@@ -25,8 +25,7 @@ _log = structlog.get_logger("hooks")
     responses={
         200: {"description": "the supplier's own success reply: committed", "content": {"*/*": {}}},
         204: {"description": "a report of a text is committed, or says nothing new"},
-        503: {"description": "not committed: call again"},
-        **refusals("hook_refused", "no_such_provider", "too_large", "invalid"),
+        **refusals("hook_refused", "no_such_provider", "too_large", "busy", "invalid"),
     },
     response_class=Response,
     summary="A supplier's call-back",
@@ -59,8 +58,7 @@ async def hook(
             "description": "the supplier's own success reply: committed",
             "content": {"application/json": {}},
         },
-        503: {"description": "not committed: call again"},
-        **refusals("hook_refused", "no_such_provider", "too_large", "invalid"),
+        **refusals("hook_refused", "no_such_provider", "too_large", "busy", "invalid"),
     },
     response_class=Response,
     summary="Delivery reports of an SMS supplier that does not sign them",
@@ -80,7 +78,7 @@ async def reports(
         _log.error(
             "sms_reports_not_kept", provider=provider, error=repr(error)
         )  # not the path: it holds the token
-        return Response(status_code=503)
+        raise refuse("busy", "Not committed; call again.", retry_after_s=1) from error
     if isinstance(taken, HookForged):
         raise refuse("hook_refused", extra={"why": taken.code})
     if taken == "no_such_provider":
@@ -98,7 +96,7 @@ async def _report(provider: str, request: Request, raw: bytes) -> Response:
     except (SQLAlchemyError, OSError, TimeoutError) as error:
         if not passes(error):
             raise
-        return Response(status_code=503)
+        raise refuse("busy", "Not committed; call again.", retry_after_s=1) from error
     if isinstance(taken, HookForged):
         raise refuse("hook_refused", extra={"why": taken.code})
     if taken == "no_such_provider":

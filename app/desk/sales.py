@@ -211,7 +211,7 @@ async def patch(sale: SalePath, given: SalePatch, edit: OperatorEdits, if_match:
             late = document.locked(old, new, row.state, now)
             if late:
                 code = "sale_closed" if late[0]["code"] == "sale_closed" else "fixed_after_publish"
-                raise refuse(code, errors=late)
+                raise refuse(code, document.says(late), errors=late)
             if new == old:
                 return await change.done(shown_sale(row), "sale.change", sale=sale, detail={"changed": {}})
             if row.state != "draft":
@@ -267,7 +267,7 @@ async def delete(sale: SalePath, edit: OperatorEdits, if_match: IfMatch = None) 
 @router.post(
     ADMIN + "/{sale}/publish",
     response_model=PublishedOut,
-    responses={**WRITE, **LATER, **refusals("invalid", "unknown_channel")},
+    responses={**WRITE, **LATER, **refusals("invalid", "unknown_channel", "no_captcha")},
     summary="Publish a draft: commit to the draw's seed, go live on every front door",
 )
 async def publish_sale(sale: SalePath, post: OperatorPosts, body: Body | None = None) -> Response:
@@ -278,7 +278,7 @@ async def publish_sale(sale: SalePath, post: OperatorPosts, body: Body | None = 
         async with change.step() as conn:
             row = await found(conn, sale, lock=True)
             if row.state != "draft":
-                raise refuse("wrong_state", f"The sale is {row.state}; only a draft is published.")
+                raise refuse("wrong_state", f"The sale is {row.word}; only a draft is published.")
             now = await sales.clock(conn)
             if row.closes_at <= now:
                 raise refuse(
@@ -287,6 +287,8 @@ async def publish_sale(sale: SalePath, post: OperatorPosts, body: Body | None = 
                     errors=[{"path": "closes_at", "code": "in_the_past"}],
                 )
             led = routes.of_channels(desk, row.channels)
+            if row.challenge == "captcha" and not desk.settings.captcha_verify_url:
+                raise refuse("no_captcha", errors=[{"path": "challenge", "code": "no_captcha"}])
             version = await sales.change(
                 conn, sale, {"state": "scheduled", "seed": secrets.token_bytes(32), "published_at": now}
             )
@@ -377,7 +379,7 @@ async def pause(sale: SalePath, post: OperatorPosts, body: Body | None = None) -
 async def resume(sale: SalePath, post: OperatorPosts, body: Body | None = None) -> Response:
     def values(row: Sale, now: datetime) -> Mapping[str, Any]:
         if row.state != "paused" and not any(item.paused_at for item in row.items):
-            raise refuse("wrong_state", f"The sale is {row.state}, not paused.")
+            raise refuse("wrong_state", f"The sale is {row.word}, not paused.")
         return {"state": "open" if row.opened_at is not None else "scheduled"}
 
     async def let_items_go_on(conn: AsyncConnection, row: Sale) -> None:

@@ -19,7 +19,7 @@ from app.tokens import Keyring
 
 LIMIT_DEFAULT, LIMIT_MAX = 100, 1_000
 
-SaleState = Literal["draft", "scheduled", "open", "paused", "closed", "settled"]
+SaleState = Literal["draft", "scheduled", "line_open", "open", "paused", "sold_out", "closed", "settled"]
 OrderState = Literal["reserved", "paid", "expired", "cancelled", "refunding", "refunded"]
 SalePath = Annotated[str, Path(pattern=SALE_ID, examples=["phone-2026"])]
 Limit = Annotated[int, Query(ge=1, le=LIMIT_MAX, description="most rows of the answer")]
@@ -64,7 +64,7 @@ class Share(Out):
 class SaleOut(Out):
     id: str
     title: str
-    state: SaleState
+    state: SaleState = Field(description="as in the live document: by the clock and the stock, too")
     version: int = Field(description="also the ETag")
     time_zone: str | None
     line_opens_at: When
@@ -108,7 +108,7 @@ def sale_out(sale: Sale, seed_hash: str | None) -> dict[str, Any]:
     return {
         "id": sale.id,
         "title": sale.title,
-        "state": sale.state,
+        "state": sale.word,
         "version": sale.version,
         "time_zone": sale.time_zone,
         "line_opens_at": format_time(sale.line_opens_at),

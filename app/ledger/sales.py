@@ -19,8 +19,6 @@ from app.ledger.tables import item as item_table
 from app.ledger.tables import journal, outbox, purchase_order, sms
 from app.ledger.tables import sale as sale_table
 
-STATES = ("draft", "scheduled", "open", "paused", "closed", "settled")
-
 
 @dataclass(frozen=True)
 class Item:
@@ -49,6 +47,7 @@ class Sale:
     id: str
     title: str
     state: str
+    word: str  # the state that people see, by the clock and the stock: also line_open and sold_out
     version: int
     time_zone: str | None
     line_opens_at: datetime
@@ -85,7 +84,20 @@ class Sale:
     items: tuple[Item, ...]
 
 
-_SALE = [sale_table.c[name] for name in Sale.__dataclass_fields__ if name != "items"]
+_NOW = sa.func.clock_timestamp()
+# As `app.desk.live.state_word` says it; what Redis counts, the worker notes within a second or so (`sold_out_at`).
+_WORD = sa.case(
+    (sale_table.c.state.in_(("draft", "closed", "settled")), sale_table.c.state),
+    (sale_table.c.closes_at <= _NOW, "closed"),
+    (sale_table.c.state == "paused", "paused"),
+    (sa.and_(sale_table.c.opens_at <= _NOW, sale_table.c.sold_out_at.is_not(None)), "sold_out"),
+    (sale_table.c.opens_at <= _NOW, "open"),
+    (sale_table.c.line_opens_at <= _NOW, "line_open"),
+    else_="scheduled",
+).label("word")
+_SALE = [
+    _WORD if name == "word" else sale_table.c[name] for name in Sale.__dataclass_fields__ if name != "items"
+]
 _ITEM = [item_table.c[name] for name in Item.__dataclass_fields__]
 
 
@@ -132,10 +144,10 @@ async def get(conn: AsyncConnection, sale: str, *, lock: bool = False) -> Sale |
 async def page(
     conn: AsyncConnection, *, limit: int, before: tuple[datetime, str] | None = None, state: str | None = None
 ) -> list[Sale]:
-    """Sales, newest first; `before` is (created_at, id) of the last one seen."""
+    """Sales, newest first; `before` is (created_at, id) of the last one seen, `state` a word as in `Sale.word`."""
     query = sa.select(*_SALE).order_by(sale_table.c.created_at.desc(), sale_table.c.id.desc()).limit(limit)
     if state is not None:
-        query = query.where(sale_table.c.state == state)
+        query = query.where(_WORD.element == state)
     if before is not None:
         query = query.where(sa.tuple_(sale_table.c.created_at, sale_table.c.id) < before)
     rows = (await conn.execute(query)).mappings().all()

@@ -315,8 +315,37 @@ def to_ms(moment: datetime) -> int:
 def refuse(errors: Sequence[Mapping[str, str]]) -> Refusal:
     """422 with every path and code; the problem's own code is `time_without_zone` if that is among them."""
     code = "time_without_zone" if any(e["code"] == "time_without_zone" for e in errors) else "invalid"
-    told = ", ".join(f"{e['path']} ({e['code']})" for e in errors[:5])
-    return Refusal(422, code, f"the document does not hold: {told}", errors=errors)
+    return Refusal(422, code, says(errors), errors=errors)
+
+
+_SAYS = {  # what is wrong, for people; a code that is not here says it itself
+    "missing": "is missing",
+    "not_a_time": "is no RFC 3339 time",
+    "time_without_zone": "has no offset; give it one, or the document a time_zone",
+    "time_skipped": "does not exist there: the clocks are put forward",
+    "time_ambiguous": "is there twice: the clocks are put back; give it an offset",
+    "out_of_range": "is too far away",
+    "unknown_time_zone": "is no IANA name",
+    "before_line_opens": "comes before the line opens",
+    "not_after_opening": "is not after the opening",
+    "runs_too_long": f"is more than {RUNS_MAX.days} days after the line opens",
+    "standby_needs_limit_1": "needs limit_per_buyer = 1; set one of the two",
+    "challenge_needs_pass": "is asked for with the pass; set pass to required",
+    "not_in_channels": "is none of `channels`",
+    "not_an_address": "is no https address",
+    "not_unique": "is there twice",
+    "unknown_currency": "is no active ISO 4217 code",
+    "greater_than_equal": "is too small",
+    "has_passed": "has passed and stays",
+    "in_the_past": "is in the past",
+    "fixed_after_publish": "stays as it was published",
+    "sale_closed": "stays: the sale is over",
+}
+
+
+def says(errors: Sequence[Mapping[str, str]]) -> str:
+    """The same errors as one sentence."""
+    return "; ".join(f"{e['path']}: {_SAYS.get(e['code'], e['code'])}" for e in errors[:5])
 
 
 @dataclass(frozen=True)

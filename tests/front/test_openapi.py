@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from app.front import create_app
-from app.problems import CODES
+from app.problems import CODES, headers_of, refuse
 from tests.front.conftest import Front, Open, Shop, settings_for, token, until
 
 ROUTES = {
@@ -35,6 +35,11 @@ ROUTES = {
 def document() -> dict[str, Any]:
     made: dict[str, Any] = create_app(settings_for("redis://127.0.0.1:1/0")).typed.openapi()
     return made
+
+
+def test_every_429_and_503_says_when_to_come_again() -> None:
+    told = {code for code in CODES if b"retry-after" in dict(headers_of(refuse(code)))}
+    assert told == {code for code, known in CODES.items() if known.status in (429, 503)}
 
 
 def test_every_route_is_documented_with_examples_and_refusals() -> None:

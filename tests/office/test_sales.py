@@ -7,7 +7,7 @@ import json
 import pytest
 
 from app.ledger import confirming
-from tests.office.conftest import FIRST_KEY, Office, document, iso, redis_sale, stock, until
+from tests.office.conftest import FIRST_KEY, Office, document, iso, redis_sale, stock, timed, until
 
 
 async def test_a_draft_is_made_read_listed_changed_and_deleted(office):
@@ -318,3 +318,60 @@ async def test_resume_lets_an_item_go_on_that_was_stopped_for_lack_of_stock(offi
     ]
     again = await office.post("/v1/admin/sales/drop/resume")
     assert (again.status_code, again.json()["code"]) == (409, "wrong_state")
+
+
+WORDS = {
+    "scheduled": {"line_opens_at": 60, "opens_at": 120},
+    "line_open": {"line_opens_at": -60, "opens_at": 120},
+    "open": {"line_opens_at": -60, "opens_at": -30},
+    "sold_out": {"line_opens_at": -60, "opens_at": -30},
+    "paused": {"line_opens_at": -60, "opens_at": -30},
+    "closed": {"line_opens_at": -60, "opens_at": -30},
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+async def test_a_sale_and_the_list_say_the_word_of_the_live_document(office, word):
+    await office.draft("draft")
+    await office.publish(**timed(WORDS[word]), draw_freeze_s=0)
+    if word == "sold_out":  # as the worker notes it
+        await office.redis("HSET", "{sale:drop}:stock", "A", 0)
+        await office.sql("UPDATE sale SET sold_out_at = now() WHERE id = 'drop'")
+    elif word in ("paused", "closed"):
+        changed = await office.post(f"/v1/admin/sales/drop/{'pause' if word == 'paused' else 'close'}")
+        assert changed.json()["state"] == word
+    assert (await office.get("/v1/admin/sales/drop/live")).json()["state"] == word
+    assert (await office.get("/v1/admin/sales/drop")).json()["state"] == word
+    listed = (await office.get("/v1/admin/sales")).json()["data"]
+    assert {one["id"]: one["state"] for one in listed} == {"draft": "draft", "drop": word}
+    for asked in WORDS:
+        found = (await office.get("/v1/admin/sales", state=asked)).json()["data"]
+        assert [one["id"] for one in found] == (["drop"] if asked == word else [])
+
+
+async def test_a_captcha_that_nobody_could_have_checked_is_refused_at_publish(office, monkeypatch):
+    await office.draft(**{"pass": "required", "challenge": "captcha"})
+    for dry_run in (True, False):
+        refused = await office.post("/v1/admin/sales/drop/publish", dry_run=dry_run)
+        assert (refused.status_code, refused.json()["code"]) == (422, "no_captcha")
+        assert refused.json()["errors"] == [{"path": "challenge", "code": "no_captcha"}]
+        assert "FAIRDROP_CAPTCHA_VERIFY_URL" in refused.json()["detail"]
+    assert (await office.get("/v1/admin/sales/drop")).json()["state"] == "draft"
+    monkeypatch.setattr(office.desk.settings, "captcha_verify_url", "https://captcha.example/siteverify")
+    assert (await office.post("/v1/admin/sales/drop/publish")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"limit_per_buyer": 0}, "limit_per_buyer: input should be greater than or equal to 1"),
+        ({"opens_at": -1, "line_opens_at": 5}, "opens_at: comes before the line opens"),
+        ({"closes_at": "2027-01-01T10:00:00"}, "closes_at: has no offset; give it one, or the document a time_zone"),
+        ({"colour": "red"}, "colour: is no field that is known here"),
+        ({"title": "a\u0000"}, "title: control characters are not allowed"),
+        ({"challenge": "pow"}, "challenge: is asked for with the pass; set pass to required"),
+    ],
+)  # fmt: skip
+async def test_a_mistake_in_a_sale_is_told_in_words(office, changed, says):
+    refused = await office.post("/v1/admin/sales", document(**timed(changed)))
+    assert (refused.status_code, refused.json()["detail"]) == (422, says)
