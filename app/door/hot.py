@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from functools import lru_cache, partial
 from itertools import cycle
@@ -16,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from app.errors import FairdropError, Refusal
+from app.errors import CannotStart, FairdropError, Refusal
 from app.problems import body_of, headers_of, new_request_id, refusal_of, refuse, request_id_of
 from app.purchase.accept import Answer, Door, Headers, Later, Tell, settled
 from app.serving import rsgi
@@ -37,12 +38,22 @@ PREFLIGHT_MAX_AGE_S = 7_200  # Chrome's own cap
 
 _EXPOSED = (b"access-control-expose-headers", b"ETag, Retry-After, X-Request-Id")
 _VARY = (b"vary", b"Origin")
+_ORIGIN = re.compile(
+    r"\*|null|[a-z][a-z0-9+.-]*://[^/\s\"',]+"
+)  # an app's pages may be at capacitor://localhost
 
 
 class Origins:
     """CORS: which pages of other origins may call us. Headers are prebuilt for each allowed origin."""
 
     def __init__(self, allowed: list[str]) -> None:
+        """CannotStart: one is no origin; no page would ever be allowed by it."""
+        for origin in allowed:
+            if not _ORIGIN.fullmatch(origin):
+                raise CannotStart(
+                    f"FAIRDROP_CORS_ORIGINS: {origin} is no origin; write https://shop.example (no path), several with "
+                    "commas between them, or *"
+                )
         self.any = "*" in allowed
         self._prebuilt = {
             origin.encode(): self._headers(origin.encode()) for origin in allowed if origin != "*"

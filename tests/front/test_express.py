@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from app.door.hot import Origins
+from app.errors import CannotStart
 from tests.front.conftest import Front, Shop
 
 Seen = Callable[..., Awaitable[Any]]
@@ -77,3 +79,20 @@ async def test_the_lane_and_asgi_say_the_same(front: Front, shop: Shop, seen: Se
     headers = {**asked.pop("headers", {}), "Connection": "close"}
     by_asgi = await front.http.request(**asked, headers=headers)
     assert told(by_lane) == told(by_asgi)
+
+
+@pytest.mark.parametrize("bad", ['["https://shop.example"]', "shop.example", "https://shop.example/", ""])
+def test_an_origin_that_no_page_has_stops_the_front(bad: str) -> None:
+    with pytest.raises(CannotStart, match="is no origin"):
+        Origins(["https://shop.example", bad])
+
+
+def test_pages_of_a_shop_and_of_its_app_have_origins() -> None:
+    for origin in (
+        "https://shop.example",
+        "http://localhost:3000",
+        "http://[::1]:3000",
+        "capacitor://localhost",
+    ):
+        allowed = Origins([origin]).headers(origin.encode())
+        assert (b"access-control-allow-origin", origin.encode()) in allowed
