@@ -19,7 +19,7 @@ The order of events is that of real time: an operation comes before another only
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -43,13 +43,12 @@ from app.record import (
     Ticket,
     Wire,
 )
-from app.states import ARROWS, LIVE, TicketState
+from app.states import ARROWS, TicketState
 
 AGREE_WITHIN_S = 60.0
 STALE_S = 3.0  # a front door tells from what it has seen for so long (snapshot_stale_s)
 FINDINGS_MAX = 20  # shown of one check; the count is exact
 
-LIVE_WORDS = frozenset(state.value for state in LIVE)
 HOLDS_UNIT = frozenset({"reserved", "paid"})
 WON = frozenset({"reserved", "paid", "expired", "refunded"})
 OF_ORDER = {"refunding": "paid"}  # the ticket state that goes with an order's state, where they differ
@@ -747,63 +746,3 @@ CHECKS: Mapping[str, Callable[[History, Result], None]] = {
     "sold_out": sold_out,
     "executions": executions,
 }
-
-
-# --- the story of a counterexample -----------------------------------------------------------------------------------
-
-
-def story(lines: Iterable[Line], finding: Finding) -> Iterator[str]:
-    """Everything a history knows of one buyer and one order, in order of time, as lines for a person."""
-    kept = list(lines)
-    buyer, orders = finding.buyer, {finding.order} - {""}
-    for one in kept:
-        if isinstance(one, Order | Refused):
-            if buyer and one.buyer == buyer:
-                orders.add(one.order_no)
-            if one.order_no in orders:
-                buyer = buyer or one.buyer
-    begun = next((one.at for one in kept if isinstance(one, Op | Mark)), 0.0)
-    timed: list[tuple[float, str]] = []
-    after: list[str] = []
-    same: str = ""
-    for one in sorted(kept, key=lambda one: getattr(one, "at", 0.0)):
-        match one:
-            case Op(do="invoke") if one.buyer == buyer and one.op != "poll":
-                timed.append((one.at, f"{one.process} asks: {one.op}"))
-            case Op() if one.buyer == buyer and one.do != "invoke":
-                said = f"{one.op} {one.do}"
-                if one.do == "ok":
-                    said = f"is told {one.state or one.status}"
-                    said += f", rank {one.rank}" if one.rank is not None and one.state == "waiting" else ""
-                    said += f", order {one.order}" if one.order else ""
-                    said += f", payment {one.payment}" if one.payment else ""
-                else:
-                    said += f" {one.status or ''} {one.code}".rstrip()
-                if said != same or one.op != "poll":
-                    timed.append((one.at, f"{one.process} {said}"))
-                same = said
-            case Supplier() if one.order in orders:
-                what = f"supplier: {one.op} {one.attempt or one.event}"
-                what += f" {one.amount_minor} {one.currency}" if one.amount_minor else ""
-                timed.append((one.at, f"{what} {one.capture}".rstrip()))
-            case Mark() if one.what in ("fault", "healed", "drained"):
-                timed.append((one.at, f"-- {one.what}: {one.note}" if one.note else f"-- {one.what}"))
-            case Order() if one.order_no in orders:
-                after.append(
-                    f"in Postgres: order {one.order_no} of {one.buyer}, {one.sku} seq {one.seq}, {one.state}"
-                    f" (version {one.version}) {one.reason}".rstrip()
-                )
-            case Refused() if one.order_no in orders:
-                after.append(f"in Postgres: claim {one.order_no} was refused ({one.reason})")
-            case Attempt() if one.order in orders:
-                after.append(f"in Postgres: payment attempt {one.id} is {one.state}")
-            case Capture() if one.order in orders:
-                after.append(f"in Postgres: capture {one.ref} of {one.amount_minor} is {one.state}")
-    seqs = {(one.sku, one.seq) for one in kept if isinstance(one, Order) and one.order_no in orders}
-    for one in kept:
-        if isinstance(one, Ticket) and (one.sku, one.seq) in seqs:
-            after.append(f"in Redis: {one.sku} seq {one.seq} is told {one.byte!r}, version {one.version}")
-    for at, what in timed:
-        yield f"{at - begun:9.3f} s  {what}"
-    for what in after:
-        yield f"{'at the end':>11}  {what}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.history.judge import Verdict, story
+from app.history.judge import Verdict
+from app.history.story import story
 from app.record import Line
 
 STORY_MAX = 60  # lines; what comes between is left out
