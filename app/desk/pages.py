@@ -1,8 +1,8 @@
-"""The office's live page and the page that shows its API: plain files, nothing from elsewhere."""
+"""The office's live page and the page that shows its API."""
 
 from __future__ import annotations
 
-from app.door.pages import pages
+from app.serving.pages import pages
 
 router = pages(
     {"/": "live.html", "/live/{sale}": "live.html"},

@@ -1,31 +1,16 @@
-"""The buyer's page and the page that shows the API: plain files, no build step, nothing from elsewhere."""
+"""The buyer's page and the page that shows the API."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Mapping
-from functools import cache
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter
 
 from app.errors import CannotStart
-from app.problems import refuse
+from app.serving.pages import POLICY, pages
 from app.settings import Settings
 
-PAGES = Path(__file__).resolve().parent.parent / "pages"
-ASKED = [
-    "GET",
-    "HEAD",
-]  # who shows a link's preview, or watches that a site is up, asks for no more than the head
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-# Scripts and styles only from here; the shop may embed the page to hand over the buyer's token.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'"
-)
 # An origin, or all below a name: what a Content-Security-Policy may hold without a space or semicolon to add to it.
 _ORIGIN = re.compile(r"https?://(\*\.)?[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 
@@ -49,49 +34,6 @@ def policy_with_captcha(settings: Settings) -> str:
     for directive in ("script-src 'self'", "style-src 'self'", "connect-src 'self'", "frame-src"):
         wider = wider.replace(directive, f"{directive} {also}")
     return wider
-
-
-@cache
-def _file(name: str) -> tuple[bytes, str]:
-    body = (PAGES / name).read_bytes()
-    return body, '"' + hashlib.blake2b(body, digest_size=9).hexdigest() + '"'
-
-
-def page(request: Request, name: str, policy: str = POLICY) -> Response:
-    """One file of app/pages; 304 if the browser has it."""
-    body, etag = _file(name)
-    headers = {
-        "etag": etag,
-        "cache-control": "public, max-age=60",
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-    }
-    if request.headers.get("if-none-match") == etag:
-        return Response(status_code=304, headers=headers)
-    kind = TYPES[Path(name).suffix]
-    return Response(body, headers=headers | {"content-type": f"{kind}; charset=utf-8"})
-
-
-def pages(of_paths: Mapping[str, str], files: Collection[str], policy: str = POLICY) -> APIRouter:
-    """The pages of one server by their paths, its /docs, and the files that they use."""
-    router = APIRouter(include_in_schema=False)
-
-    def serve(path: str, name: str) -> None:
-        @router.api_route(path, methods=ASKED)
-        async def one(request: Request) -> Response:
-            return page(request, name, policy)
-
-    for path, name in {**of_paths, "/docs": "docs.html", "/favicon.ico": "icon.svg"}.items():
-        serve(path, name)
-
-    @router.api_route("/pages/{name}", methods=ASKED)
-    async def file(request: Request, name: str) -> Response:
-        if name not in files:
-            raise refuse("not_found")
-        return page(request, name)
-
-    return router
 
 
 def buyers_pages(settings: Settings) -> APIRouter:
