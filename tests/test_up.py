@@ -23,8 +23,8 @@ import jwt
 import psutil
 import pytest
 
+from app.children import answers
 from app.embedded import Valkey
-from app.supervisor import answers
 from tests.conftest import Stores
 from tests.sockets import quiet_port
 

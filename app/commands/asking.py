@@ -115,7 +115,7 @@ class Office:
 
 def _where(data_dir: Path | None) -> tuple[str, str]:
     """The office's address and a key for it. CannotStart: one of them is missing."""
-    from app.supervisor import read_urls
+    from app.data_dir import read_urls
 
     settings = settings_of(data_dir=data_dir)
     url, operator_key = settings.office_url, settings.operator_key.get_secret_value()

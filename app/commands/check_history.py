@@ -57,9 +57,9 @@ def _finish(file: Path, urls: Path, supplier: Path | None) -> None:
     """Append what the stores hold of the sale that the history is of. CannotStart: they do not answer."""
     import asyncio
 
+    from app.data_dir import read_urls
     from app.history.final import finish
     from app.record import Recorder, Run, read
-    from app.supervisor import read_urls
 
     run = next((line for line in read(file) if isinstance(line, Run)), None)
     if run is None or not run.sale:

@@ -55,7 +55,7 @@ def with_stores(settings: Settings, *needed: Literal["database", "redis"]) -> Se
     missing = [name for name in needed if not getattr(settings, f"{name}_url")]
     if not missing:
         return settings
-    from app.supervisor import read_urls
+    from app.data_dir import read_urls
 
     urls = read_urls(settings.data_dir)
     return settings.model_copy(update={f"{name}_url": str(urls[name]) for name in missing})
@@ -65,7 +65,7 @@ def with_sandbox(settings: Settings) -> Settings:
     """The database as set; else all of the `fairdrop up` that runs in the data directory, its sandbox included."""
     if settings.database_url:
         return settings
-    from app.supervisor import made_secrets, read_urls
+    from app.data_dir import made_secrets, read_urls
 
     urls = read_urls(settings.data_dir)
     found: dict[str, Any] = {"database_url": str(urls["database"]), "sandbox_url": str(urls["sandbox"])}
@@ -80,7 +80,7 @@ def with_pii_keys(settings: Settings) -> Settings:
         return settings
     from pydantic import SecretStr
 
-    from app.supervisor import made_secrets
+    from app.data_dir import made_secrets
 
     file = made_secrets(settings.data_dir).get("pii_keys")
     if file is None:

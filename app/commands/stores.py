@@ -24,7 +24,7 @@ def migrate(
     settings = settings_of(data_dir=data_dir)
     database_url = settings.database_url
     if not database_url:
-        from app.supervisor import read_urls
+        from app.data_dir import read_urls
 
         database_url = str(read_urls(settings.data_dir)["database"])
     missing = migrations.pending(database_url)

@@ -28,7 +28,7 @@ def token(
     settings = settings_of(data_dir=data_dir)
     secret = settings.jwt_secret.get_secret_value()
     if not secret:
-        from app.supervisor import made_secrets
+        from app.data_dir import made_secrets
 
         file = made_secrets(settings.data_dir).get("jwt_secret")
         if file is None:

@@ -199,7 +199,7 @@ def _published_hash(report: Report) -> str:
 
 
 def _front_of(data_dir: Path | None) -> str:
-    from app.supervisor import read_urls
+    from app.data_dir import read_urls
 
     settings = settings_of(data_dir=data_dir)
     return settings.public_url or str(read_urls(settings.data_dir)["front"])

@@ -36,8 +36,8 @@ import httpx
 import msgspec
 import psutil
 
+from app.children import HEALTHY_AFTER_S
 from app.demo.desk import Desk
-from app.supervisor import HEALTHY_AFTER_S
 from tests.story.people import instant
 from tests.test_up import PORTS, UpProcess, up
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import httpx
 import psutil
 
+from app.children import answers
 from app.errors import FairdropError
 from app.serving.server import listen
-from app.supervisor import answers
 from tests.chaos.points import POINTS, STRUCK, VARIABLE
 
 ANSWERS_WITHIN_S = 180.0

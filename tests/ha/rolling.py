@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.children import answers
 from app.demo.crowd import Wires
 from app.demo.desk import Desk
 from app.errors import Unknown
-from app.supervisor import answers
 from tests.chaos.system import Role, System, Zygote
 from tests.conftest import Stores
 from tests.ha.balancer import Balancer

@@ -184,6 +184,6 @@ async def test_whoever_is_in_the_kernels_queue_when_the_process_stops_is_answere
 def test_a_closed_port_answers_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    from app.supervisor import answers
+    from app.children import answers
 
     assert not answers(f"http://127.0.0.1:{port}")
