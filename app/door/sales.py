@@ -16,7 +16,7 @@ from app.problems import JsonRoute, refusals, refuse
 from app.purchase.accept import Answer, Door
 from app.purchase.track import stale
 from app.sale import public
-from app.sale.snapshot import ItemView, SaleView
+from app.sale.view import ItemView, SaleView
 
 router = APIRouter(route_class=JsonRoute, tags=["sales"])
 

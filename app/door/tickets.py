@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from app.problems import JsonRoute, refusals, refuse, request_id_of
 from app.purchase.accept import Answer, Door, JoinIn, settled
 from app.purchase.follow import EventStreams, Follower
 from app.purchase.track import Seen, Told, stale
-from app.sale.snapshot import ItemView, SaleView
+from app.sale.view import ItemView, SaleView
 from app.sealing import SealingKey, address_aad, payer_aad, seal
 from app.tokens import Ticket
 
@@ -263,8 +264,6 @@ def _sealed_address(request: Request, view: SaleView, caller: Caller) -> str | N
 def _over(expires_at: str | None, door: Door) -> bool:
     if expires_at is None:
         return False
-    from datetime import datetime
-
     return datetime.fromisoformat(expires_at).timestamp() * 1000 <= door.snapshots.now_ms()
 
 

@@ -42,7 +42,8 @@ from app.purchase.follow import EventStreams
 from app.purchase.track import Tracker, stale
 from app.redis.link import Link
 from app.sale.public import Document, PublicDocuments, at
-from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.sale.snapshot import Snapshots
+from app.sale.view import ItemView, SaleView
 from app.scripts import Scripts
 from app.settings import Settings
 from app.tokens import Keyring, Ticket

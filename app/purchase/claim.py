@@ -17,7 +17,8 @@ from app.answers import (
 from app.batcher import Batcher, Full
 from app.errors import Refusal
 from app.problems import refuse
-from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.sale.snapshot import Snapshots
+from app.sale.view import ItemView, SaleView
 from app.scripts import Scripts
 from app.settings import Settings
 from app.tokens import Keyring

@@ -13,7 +13,8 @@ from typing import Any
 from app.errors import DidNotHappen, FairdropError
 from app.problems import refuse
 from app.purchase.track import Told, Tracker
-from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.sale.snapshot import Snapshots
+from app.sale.view import ItemView, SaleView
 from app.settings import Settings
 from app.tokens import Ticket
 

@@ -21,7 +21,8 @@ from app.keys import SaleKeys
 from app.problems import refuse
 from app.purchase.degrade.notices import of_ticket
 from app.redis.link import Link
-from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.sale.snapshot import Snapshots
+from app.sale.view import ItemView, SaleView
 from app.settings import Settings
 from app.states import STATE_OF, TicketState
 from app.tokens import Keyring, Ticket, ticket_id

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from app import draw
-from app.sale.snapshot import ItemView, SaleView, Snapshots
+from app.sale.snapshot import Snapshots
+from app.sale.view import ItemView, SaleView
 
 STATES = ("scheduled", "line_open", "open", "paused", "sold_out", "closed")
 

@@ -28,7 +28,7 @@ from app.errors import DidNotHappen
 from app.ledger import confirming, orders
 from app.repair import rebuild as rebuilding
 from app.repair.rebuild import NotNow, Report, rebuild
-from app.sale.snapshot import ItemView
+from app.sale.view import ItemView
 from tests.ledger.shop import SALE, Shop, open_shop, until
 
 
