@@ -235,7 +235,10 @@ class Tender:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(TEND_EVERY_S)
-            await self.tend()
+            try:
+                await self.tend()
+            except Exception:  # noqa: BLE001 - what nobody thought of must not end the looks
+                _log.exception("office_cannot_tend")
 
     async def tend(self) -> None:
         """One look. A store that is away is tried again at the next."""

@@ -76,8 +76,9 @@ async def feed(
             "invalid", "This cursor is not the feed's.", errors=[{"path": "query.after", "code": "cursor"}]
         )
     async with desk.engine.begin() as conn:
-        # The worker numbers too; doing it here keeps the feed fresh when it is down.
-        await events.number(conn, NUMBER_MAX)
+        # The worker numbers too; doing it here keeps the feed fresh when it is down. At rest nobody waits for the lock.
+        if await events.is_behind(conn):
+            await events.number(conn, NUMBER_MAX)
     async with reading(desk) as conn:
         rows = await events.page(conn, int(behind[0]), limit, sale)
     position = int(rows[-1]["position"]) if rows else int(behind[0])

@@ -170,6 +170,8 @@ class Watch:
                     await self._look(sale_id, watched)
                 except (FairdropError, SQLAlchemyError, OSError) as error:
                     _log.debug("live_look_failed", sale=sale_id, error=repr(error))  # who asks is told so
+                except Exception:  # noqa: BLE001 - what nobody thought of: the other sales are watched on
+                    _log.exception("live_look_broken", sale=sale_id)
             await asyncio.sleep(max(0.05, EVERY_S - (time.monotonic() - began)))
 
     async def document(self, sale_id: str) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _engine(url: URL, *, size: int, deadline_s: float, server_settings: Mapping[
         max_overflow=0,
         pool_timeout=POOL_WAIT_S,
         pool_recycle=1800,
+        hide_parameters=True,  # buyers' ids, amounts and seals never stand in the text of an error, which is logged
         async_creator=servers.connect,
     )
     event.listen(engine.sync_engine, "checkout", _refuse_unusable)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from app.ledger import engine as engines
 from app.settings import Settings
@@ -54,3 +55,12 @@ async def test_a_statement_alone_is_committed(engine: Any, database_url: str) ->
     await other.dispose()
     async with engine.connect() as conn:  # the connection is an ordinary one again
         assert not (await conn.get_raw_connection()).dbapi_connection.autocommit
+
+
+async def test_the_text_of_an_error_holds_no_value_of_a_statement(engine: Any) -> None:
+    """It is logged, and values are buyers."""
+    with pytest.raises(DBAPIError) as told:
+        async with engine.begin() as conn:
+            await conn.execute(text("SELECT 1 FROM nothing_here WHERE buyer = :buyer"), {"buyer": "ann-4711"})
+    assert "nothing_here" in str(told.value)
+    assert "ann-4711" not in str(told.value)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
+from app.errors import DidNotHappen
 from app.purchase import admit
 from app.purchase.admit import Course, fetch_beacon, listed
 from tests.ledger.shop import SALE, Shop
@@ -118,8 +120,8 @@ def test_facts_that_a_newer_release_wrote_do_not_hide_a_sale() -> None:
     assert listed([b"a", b"\xc1 not json", b"b", b'{"ended":true}']) == [("a", False), ("b", True)]
 
 
-async def test_the_beacon_is_fetched_after_the_freeze_and_never_before(
-    shop: Shop, client: httpx.AsyncClient
+async def test_the_beacon_is_fetched_after_the_freeze_and_never_before_whatever_ails_another_sale(
+    shop: Shop, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await shop.publish(3, opens_at=ago(-60), opened_at=None, state="scheduled", draw_freeze_s=30,
                        beacon="https://beacon.test/drand")  # fmt: skip
@@ -128,7 +130,18 @@ async def test_the_beacon_is_fetched_after_the_freeze_and_never_before(
     assert await shop.link.call("HGET", shop.keys.sale, "beacon_value") == b""
     await shop.link.call("HSET", shop.keys.sale, "freeze_ms", int(time.time() * 1000) - 1)
     await shop.admitter.tick()
-    assert await shop.admitter.put_beacons(client) == 1
+    put = shop.scripts.beacon_put
+
+    async def unless_away(*, sale: str, **given: Any) -> Any:
+        if sale == "away":
+            raise DidNotHappen("its node of the cluster is away")
+        return await put(sale=sale, **given)
+
+    monkeypatch.setattr(shop.scripts, "beacon_put", unless_away)
+    mine = shop.admitter.watched[SALE]
+    shop.admitter.watched = {"away": replace(mine, sale="away"), SALE: mine}
+    with pytest.raises(DidNotHappen):
+        await shop.admitter.put_beacons(client)
     assert await shop.link.call("HGET", shop.keys.sale, "beacon_value") == b"abcd"
     await shop.admitter.tick()
     assert await shop.admitter.put_beacons(client) == 0
