@@ -222,7 +222,6 @@ class Settings(BaseSettings):
         gt=0,
         description="ms a buyer may have queued for Redis before newcomers get 503 (if batch_max are queued)",
     )
-    join_deadline_s: float = Field(5.0, description="s a join may take before 503 busy")
     orders_backlog_max: int = Field(
         100_000, description="claims waiting for Postgres before admission stops and joins get 503"
     )

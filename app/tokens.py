@@ -200,15 +200,6 @@ class Keyring:
                 return buyer_id if now_ms < int.from_bytes(head[3:], "big") else None
         return None
 
-    def pass_open(self, text: str, sale: str, now_ms: int) -> Pass | None:
-        """The whole pass, under the conditions of `pass_read`."""
-        buyer_id = self.pass_read(text, sale, now_ms)
-        raw = _decode(text, TEXT_MAX)
-        if buyer_id is None or raw is None:
-            return None
-        _, _, flags, expires_ms = _PASS.unpack_from(raw)
-        return Pass(sale, buyer_id, expires_ms, flags)
-
     # cursors
     def cursor_sign(self, kind: str, payload: list[Any]) -> str:
         """An opaque place in a list. payload: JSON values. `kind` is under the MAC: it works for no other."""

@@ -48,7 +48,6 @@ def test_a_pass_is_read_for_its_sale_until_it_ends(
     text = RING.pass_sign(Pass(sale, buyer_id, expires_ms, flags))
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,204}", text)
     assert RING.pass_read(text, sale, expires_ms - 1) == buyer_id
-    assert RING.pass_open(text, sale, 0) == Pass(sale, buyer_id, expires_ms, flags)
     assert RING.pass_read(text, sale, expires_ms) is None
     assert RING.pass_read(text, sale + "x", 0) is None
     assert Keyring([FOREIGN]).pass_read(text, sale, 0) is None

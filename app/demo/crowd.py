@@ -24,7 +24,7 @@ import msgspec
 
 from app.errors import FairdropError, Unknown
 from app.record import Recorder
-from app.states import ARROWS, LIVE, TicketState
+from app.states import ARROWS, TicketState
 
 CONNECTIONS_MAX = (
     192  # to one server; well under the usual limit of 1,024 open files, enough to fill its batches
@@ -486,8 +486,3 @@ def may_follow(before: str, after: str) -> bool:
             reached.add(state)
             edge.append(state)
     return goal in reached
-
-
-def still_live(state: str) -> bool:
-    """Whether a ticket in this state may still win or keep a unit."""
-    return state in {str(live) for live in LIVE}

@@ -109,7 +109,7 @@ async def hold_sale(
         view.step("published: the hash of the draw's seed is public, the line opens")
         view.crowd, view.opens_s = crowd, opens_s
         crowd.freeze_before(FREEZE_S + 0.1)
-        async with watching(crowd, desk, sale, view):
+        async with watching(view):
             going = asyncio.create_task(crowd.run(opens_s, early_s), name="crowd")
             try:
                 await _until(going, lambda: crowd.now_s() >= opens_s - FREEZE_S)
@@ -187,7 +187,7 @@ async def _until(people: asyncio.Task[None], reached: Callable[[], bool]) -> Non
 
 
 @contextlib.asynccontextmanager
-async def watching(crowd: Crowd, desk: Desk, sale: str, view: View) -> AsyncIterator[None]:
+async def watching(view: View) -> AsyncIterator[None]:
     """Redraw the display while the sale runs."""
 
     async def watch() -> None:

@@ -27,7 +27,6 @@ class View:
         self._live: Live | None = None
         self.crowd: Crowd | None = None
         self.opens_s = 0.0
-        self._live_document: dict[str, Any] = {}
         self._last = (0.0, 0, 0)
         self._rates = (0.0, 0.0)
 
@@ -49,9 +48,6 @@ class View:
             )
         else:
             self.redraw()
-
-    def look(self, document: dict[str, Any]) -> None:
-        self._live_document = document
 
     def redraw(self) -> None:
         if self._live is not None:

@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.ledger.engine import driver
 from app.providers.payment import BillLine
 
 Row = dict[str, Any]
@@ -110,9 +111,7 @@ async def store(conn: AsyncConnection, held: Row, lines: Sequence[BillLine]) -> 
     if found.first() is None:
         return False
     await conn.execute(text("DELETE FROM bill_line WHERE provider = :provider AND day = :day"), _key(held))
-    raw = (await conn.get_raw_connection()).driver_connection
-    assert raw is not None
-    await raw.copy_records_to_table(
+    await (await driver(conn)).copy_records_to_table(
         "bill_line",
         records=[
             (

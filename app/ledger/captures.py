@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.ledger import orders
+from app.ledger.engine import driver
 
 Row = dict[str, Any]
 
@@ -118,10 +119,8 @@ async def pay_plainly(
     None changes nothing, or, where the connection was lost, may have: the long way looks before it acts, and says what
     is wrong.
     """
-    raw = (await conn.get_raw_connection()).driver_connection
-    assert raw is not None
     try:
-        found: Literal["paid", "duplicate"] | None = await raw.fetchval(
+        found: Literal["paid", "duplicate"] | None = await (await driver(conn)).fetchval(
             _PAY_PLAINLY, provider, event_id, digest, provider_ref, attempt_id, order_no, amount_minor, currency,
             captured_at, float(orders.SMS_TTL_S),
         )  # fmt: skip

@@ -253,15 +253,15 @@ async def start_overdue_deadlines(conn: AsyncConnection, link_wait_max_s: int, l
         {"wait": float(link_wait_max_s), "limit": limit},
     )
     rows = [dict(row) for row in found.mappings()]
-    for row in rows:
-        await _mark(conn, row)
+    await tell_many(conn, rows)
     return [row["order_no"] for row in rows]
 
 
 async def tell_many(conn: AsyncConnection, rows: Sequence[Row]) -> None:
     """Mark the tickets of orders that a statement of the caller's has changed (with their versions)."""
-    for row in rows:
-        await _mark(conn, row)
+    if rows:
+        marks = [(row["sale"], row["epoch"], _ticket(row), row["order_no"]) for row in rows]
+        await outbox.put_marks(conn, marks)
 
 
 async def lease_unpaid(conn: AsyncConnection, limit: int, lease_s: float) -> list[tuple[str, int]]:
@@ -449,34 +449,6 @@ async def finish_refund(conn: AsyncConnection, number: str, *, restock: bool) ->
     return row
 
 
-async def add_adjustment(conn: AsyncConnection, number: str, title: str, amount_minor: int) -> Row | None:
-    """A further line changes what a reserved order costs; the amount stays the sum of its lines.
-
-    Number 1 is the item's, written or not.
-    """
-    before = await lock(conn, number)
-    if before is None or before["state"] != "reserved":
-        return None
-    await conn.execute(
-        text(
-            "INSERT INTO order_line (order_no, line_no, kind, sku, title, units, unit_minor, amount_minor)"
-            " SELECT :order_no, coalesce(max(line_no), 1) + 1, 'adjustment', NULL, :title, 1,"
-            " CAST(:amount AS bigint), CAST(:amount AS bigint) FROM order_line WHERE order_no = :order_no"
-        ),
-        {"order_no": number, "title": title, "amount": amount_minor},
-    )
-    row = await _one(
-        conn,
-        "amount_minor = amount_minor + CAST(:amount AS bigint), version = version + 1",
-        "state = 'reserved'",
-        order_no=number,
-        amount=amount_minor,
-    )
-    if row is not None:
-        await _mark(conn, row)
-    return row
-
-
 async def _one(conn: AsyncConnection, sets: str, guard: str, **values: Any) -> Row | None:
     found = await conn.execute(
         text(f"UPDATE purchase_order SET {sets} WHERE order_no = :order_no AND {guard} RETURNING {COLUMNS}"),
@@ -494,13 +466,16 @@ async def _move(conn: AsyncConnection, row: Mapping[str, Any], sets: str) -> Non
     )
 
 
+def _ticket(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sku": row["sku"], "seq": row["seq"]}
+
+
 def _units(row: Mapping[str, Any], to: str) -> dict[str, Any]:
-    return {"sku": row["sku"], "seq": row["seq"], "units": row["units"], "to": to}
+    return {**_ticket(row), "units": row["units"], "to": to}
 
 
 async def _mark(conn: AsyncConnection, row: Mapping[str, Any]) -> None:
-    payload = {"sku": row["sku"], "seq": row["seq"]}
-    await outbox.put(conn, "mark", row["sale"], row["epoch"], payload, row["order_no"])
+    await outbox.put(conn, "mark", row["sale"], row["epoch"], _ticket(row), row["order_no"])
 
 
 async def _ended(conn: AsyncConnection, row: Mapping[str, Any], event: str, template: str, to: str) -> None:

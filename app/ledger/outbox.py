@@ -45,6 +45,25 @@ async def put(
     return int(found.scalar_one())
 
 
+async def put_marks(conn: AsyncConnection, marks: Sequence[tuple[str, int, Mapping[str, Any], str]]) -> None:
+    """Many marks of one statement's rows, in one statement: (sale, epoch, payload, order_no)."""
+    sales, epochs, payloads, order_nos = zip(*marks, strict=True)
+    await conn.execute(
+        text(
+            "INSERT INTO outbox (kind, sale, epoch, order_no, payload)"
+            " SELECT 'mark', sale, epoch, order_no, CAST(payload AS jsonb) FROM unnest(CAST(:sales AS text[]),"
+            " CAST(:epochs AS bigint[]), CAST(:order_nos AS text[]), CAST(:payloads AS text[]))"
+            " AS mark (sale, epoch, order_no, payload)"
+        ),
+        {
+            "sales": list(sales),
+            "epochs": list(epochs),
+            "order_nos": list(order_nos),
+            "payloads": [msgspec.json.encode(payload).decode() for payload in payloads],
+        },
+    )
+
+
 async def lease(conn: AsyncConnection, limit: int, lease_s: float) -> list[Row]:
     """Take up to `limit` due rows for this worker, oldest first; nobody else gets them for `lease_s`.
 

@@ -3,7 +3,7 @@
 Sources: help.aliyun.com/zh/sdk/product-overview/v3-request-structure-and-signature;
 help.aliyun.com/zh/sms/developer-reference/api-error-codes; limits: 50 notices a day for one number, signature and
 template, 1 a minute, 5 an hour, 10 a day of verification codes (developer.aliyun.com/ask/218440, /ask/474934).
-Reports (help.aliyun.com/zh/sms/developer-reference/smsreport-2) are not signed, so none are taken.
+Reports (help.aliyun.com/zh/sms/developer-reference/smsreport-2) are not signed: see reports.py.
 There is no idempotency key: `OutId` only comes back in receipts. So an unknown result is never repeated.
 """
 

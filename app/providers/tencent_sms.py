@@ -2,7 +2,7 @@
 
 Sources: cloud.tencent.com/document/api/382/52072 (signature v3), /55981 (SendSms), /59177 and /52075 (error codes).
 Limits: 3,000 requests a second; a number gets what the console's frequency limits allow (by default one of the same
-content in 30 s: tencentcloud.com/document/product/382/13303). Reports are not signed, so none are taken. There is no
+content in 30 s: tencentcloud.com/document/product/382/13303). Reports are not signed: see reports.py. There is no
 idempotency key: `SessionContext` only comes back in receipts. So an unknown result is never repeated.
 """
 

@@ -42,7 +42,7 @@ def settings_for(redis_url: str, **changed: Any) -> Settings:
             "pass_rate_per_min": 600, "change_rate_per_min": 600, "snapshot_every_ms": 50,
             "overload_wait_max_ms": 0,  # clients and server share this loop: their crowds are no crowd
             # A busy machine is neither a crowd nor a Redis that is away.
-            "redis_deadline_s": 30.0, "join_deadline_s": 60.0, "join_wait_max_ms": 60_000.0, "keep_alive_s": 600.0,
+            "redis_deadline_s": 30.0, "join_wait_max_ms": 60_000.0, "keep_alive_s": 600.0,
             **changed,
         }
     )  # fmt: skip

@@ -56,7 +56,7 @@ async def test_who_is_turned_away_unread_gets_a_whole_answer(front: Front, origi
 async def test_newcomers_do_not_wait_for_a_redis_that_keeps_others_waiting(
     open_door: Open, shop: Shop, redis: redis_async.Redis
 ) -> None:
-    front = await open_door(redis_deadline_s=60.0, join_deadline_s=60.0)
+    front = await open_door(redis_deadline_s=60.0)
     await shop.publish("x", units=500)
     await until(lambda: front.app.door.snapshots.get("x"))
     claims = front.app.door.claims
@@ -83,9 +83,7 @@ async def test_newcomers_do_not_wait_for_a_redis_that_keeps_others_waiting(
 async def test_while_redis_keeps_joins_waiting_further_joins_are_not_even_read(
     open_door: Open, shop: Shop, redis: redis_async.Redis
 ) -> None:
-    front = await open_door(
-        overload_wait_max_ms=25, overload_turn_ms=60_000, redis_deadline_s=60.0, join_deadline_s=60.0
-    )
+    front = await open_door(overload_wait_max_ms=25, overload_turn_ms=60_000, redis_deadline_s=60.0)
     await shop.publish("x", units=500)
     await until(lambda: front.app.door.snapshots.get("x"))
     assert (await front.join("x", "ann")).status_code == 202

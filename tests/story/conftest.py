@@ -29,7 +29,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
     hurried = {"FAIRDROP_EXPIRE_EVERY_MS": "100", "FAIRDROP_POLL_MAX_MS": "1000", "FAIRDROP_DRAIN_S": "0"}
     # Two fronts and a hundred phones share two processors with other tests: a busy machine turns nobody away here.
     hurried |= {
-        "FAIRDROP_OVERLOAD_WAIT_MAX_MS": "0", "FAIRDROP_JOIN_WAIT_MAX_MS": "60000", "FAIRDROP_JOIN_DEADLINE_S": "60",
+        "FAIRDROP_OVERLOAD_WAIT_MAX_MS": "0", "FAIRDROP_JOIN_WAIT_MAX_MS": "60000",
         "FAIRDROP_REDIS_DEADLINE_S": "30", "FAIRDROP_KEEP_ALIVE_S": "600",
     }  # fmt: skip
     if url := os.environ.get("FAIRDROP_TEST_REDIS_URL"):
