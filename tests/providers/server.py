@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.providers.sandbox import Sandbox, create_app
+from app.providers.sandbox import create_app
+from app.providers.sandbox_state import Sandbox
 from app.settings import Settings
 
 SECRET = "a-secret-of-the-tests"
