@@ -104,7 +104,7 @@ def test_valkey_asks_for_its_password(own_valkey: Valkey) -> None:
 
 
 async def _fetch(url: str, sql: str) -> object:
-    connection = await asyncpg.connect(url, timeout=20)
+    connection = await asyncpg.connect(url, timeout=180)
     try:
         return await connection.fetchval(sql)
     finally:
@@ -113,7 +113,7 @@ async def _fetch(url: str, sql: str) -> object:
 
 async def test_postgres_keeps_what_was_committed_through_kill_9(own_postgres: Postgres) -> None:
     own_postgres.start()
-    connection = await asyncpg.connect(own_postgres.url, timeout=20)
+    connection = await asyncpg.connect(own_postgres.url, timeout=180)
     try:
         await connection.execute("CREATE TABLE kept (n int)")
         await connection.execute("INSERT INTO kept SELECT generate_series(1, 100)")
@@ -132,7 +132,7 @@ async def test_postgres_asks_for_its_password_and_the_role_is_no_superuser(own_p
     wrong = own_postgres.url.replace("it%27s", "wrong")
     assert wrong != own_postgres.url
     with pytest.raises(asyncpg.InvalidPasswordError):
-        await asyncpg.connect(wrong, timeout=20)
+        await asyncpg.connect(wrong, timeout=180)
     assert (
         await _fetch(own_postgres.url, "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is False
     )
