@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.providers.sandbox import PayWanted, RefundWanted, Reply, Sandbox
 from app.providers.sandbox_ledger import Ledger
+from app.providers.sandbox_state import PayWanted, RefundWanted, Reply, Sandbox
 from app.providers.sandbox_wire import MERCHANT
 from app.settings import Settings
 
