@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -219,6 +220,52 @@ async def test_a_worker_at_rest_rests(shop: Shop, monkeypatch: pytest.MonkeyPatc
         await until(compared, "the sale is compared again and again")
         assert turns["pulse"] == 1
         assert turns["compare"] <= (time.monotonic() - began) / 0.3 + 2
+
+
+GOES_ON: dict[str, tuple[str, ...]] = {  # by part of the worker, what is done again and again
+    "admitter": ("turn", "put_beacons", "note_beacons"),
+    "course": ("note",),
+    "confirming": ("turn", "take_over"),
+    "asking": ("turn", "take_over"),
+    "releaser": ("start_deadlines", "expire", "let_go", "relay"),
+    "advisor": ("turn",),
+    "extender": ("turn",),
+    "biller": ("turn", "again"),
+    "reconciler": ("pulse", "mend", "compare_all", "settle"),
+    "auditor": ("turn",),
+}
+RUN_BESIDE = ("pay.run", "tell.run", "push.run", "published.run", "routes.run", "copy_routes", "remove_old")
+
+
+async def test_whatever_has_to_go_on_by_itself_is_taken_up(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these is tried for itself elsewhere, by hand; here, that a worker does it at all."""
+    begun: set[str] = set()
+
+    def noted(name: str, real: Any) -> Any:
+        def note(*args: Any, **more: Any) -> Any:
+            begun.add(name)
+            return real(*args, **more)
+
+        return note
+
+    for name in RUN_BESIDE:
+        monkeypatch.setattr(f"app.worker.{name}", noted(name, attrgetter(name)(worker_module)))
+    wanted = {f"{part}.{turn}" for part, turns in GOES_ON.items() for turn in turns} | set(RUN_BESIDE)
+    async with at_work(shop) as worker:
+        for part, turns in GOES_ON.items():
+            for turn in turns:  # before their loops begin
+                owner = getattr(worker, part)
+                monkeypatch.setattr(owner, turn, noted(f"{part}.{turn}", getattr(owner, turn)))
+
+        async def all_begun() -> bool:
+            return begun == wanted
+
+        try:
+            await until(all_begun, "all that goes on by itself")
+        except AssertionError:
+            raise AssertionError(f"never begun: {sorted(wanted - begun)}") from None
 
 
 async def test_books_that_do_not_agree_are_a_metric_and_call_a_person_once(
