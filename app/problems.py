@@ -409,7 +409,7 @@ def install(app: FastAPI) -> None:
         code = _BY_STATUS.get(error.status_code)
         if code is None:
             code = "invalid" if error.status_code < 500 else "internal"
-        refusal = refuse(code, str(error.detail) if error.status_code == 405 else "")
+        refusal = refuse(code)
         refusal.status = error.status_code
         response = answer(request, refusal)
         for name, value in (error.headers or {}).items():

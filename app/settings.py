@@ -181,7 +181,9 @@ class Settings(BaseSettings):
         10.0, gt=0, description="s a client may take to send request line and headers"
     )
     body_within_s: float = Field(
-        10.0, gt=0, description="s a client may take to send a request's body; then it is disconnected"
+        10.0,
+        gt=0,
+        description="s a client may take to send a request's body; then 408, and the connection ends",
     )
     read_within_s: float = Field(
         30.0,

@@ -87,9 +87,10 @@ async def as_asgi(
         status, body = start["status"], message.get("body", b"")
         if stream is None:
             texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
-            # granian hangs up on a body that was not read to its end, and on a chunked one that breaks off, which looks
-            # like its end from here: say so
-            if (pieces is not None or chunked or closing()) and ("connection", "close") not in texts:
+            # granian hangs up on a body that was not read to its end: say so. Also with the refusal of a chunked
+            # one: if that broke off, which looks like its end from here, granian hangs up as well.
+            unread = pieces is not None or (chunked and status >= 400)
+            if (unread or closing()) and ("connection", "close") not in texts:
                 texts.append(("connection", "close"))
             if not message.get("more_body", False):
                 if body:

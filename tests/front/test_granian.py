@@ -136,13 +136,13 @@ async def raw(granian: httpx.AsyncClient, sent: bytes) -> tuple[bytes, bytes]:
     return head.lower(), body
 
 
-async def test_granian_says_that_a_connection_ends_behind_a_chunked_body_that_breaks_off(
+async def test_granian_says_that_a_connection_ends_where_a_chunked_body_breaks_off_and_is_refused(
     granian: httpx.AsyncClient,
 ) -> None:
     head, _ = await raw(
         granian,
         b"POST /v1/sales/x/pass HTTP/1.1\r\nHost: x\r\nX-Buyer-Id: b\r\nContent-Type: application/json\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\nzz\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\nzz\r\n\r\n",
     )
     assert head.count(b"connection: close") == 1
 
