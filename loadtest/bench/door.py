@@ -19,7 +19,7 @@ from loadtest.bench.stack import FRONT, Server, Shopfront
 SAMPLE = 2_000  # tickets that are polled, buyers who are told sold out
 FAR_S = 3_600.0  # until the sale with a draw would open: it is opened when its sample has joined
 SEEN_WITHIN_S = 0.5  # every front has seen a change: it looks ten times a second
-JOINS_PER_S_MAX = 25_000  # no server here reaches it: a round does not run out of buyers
+JOINS_PER_S_MAX = 40_000  # no server here reaches it: a round does not run out of buyers
 
 SUBJECTS: dict[str, str] = {
     "r1": "R1: empty raw-ASGI POST",
