@@ -155,9 +155,7 @@ async def test_hot_requests_take_the_lane_and_others_asgi() -> None:
         b"lane /hot ", b"lane /hot abc", b"asgi /cold ", b"asgi /cold abc",
         b"asgi /hot xxxxxxxxxx", b"asgi /hot ", b"asgi /hot ab",
     ]  # fmt: skip
-    assert [b"connection: close" in head for head, _ in told] == [False] * 6 + [
-        True
-    ]  # it may have broken off
+    assert not [head for head, _ in told if b"connection: close" in head]  # the next request may come
     assert front.shop.ended == ["http.request"] * 5
 
 
