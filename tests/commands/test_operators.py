@@ -47,7 +47,7 @@ async def fairdrop(*words: str, office: Office | None = None, said: str = "", **
 
 def yaml_of(sale: str = "drop", title: str = "Drop") -> str:
     return (
-        f"id: {sale}\ntitle: {title}\nline_opens_at: {iso(60)}\nopens_at: {iso(120)}\ncloses_at: {iso(3600)}\n"
+        f"id: {sale}\ntitle: {title}\nline_opens_at: {iso(3600)}\nopens_at: {iso(7200)}\ncloses_at: {iso(9000)}\n"
         "items:\n  - {sku: A, title: Thing, price_minor: 500, currency: EUR, units: 10}\n"
     )
 
