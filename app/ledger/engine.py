@@ -17,6 +17,7 @@ from sqlalchemy.exc import (
     DBAPIError,
     DisconnectionError,
     InterfaceError,
+    InternalError,
     InvalidatePoolError,
     OperationalError,
 )
@@ -211,6 +212,7 @@ def passes(error: BaseException) -> bool:
     inner = getattr(error, "orig", None)
     if isinstance(error, asyncpg.DataError) or isinstance(inner, asyncpg.DataError):
         return False  # the client could not encode a value; by class it is an InterfaceError too
+    # InternalError without a word of Postgres is asyncpg's own: no server took writes, in the middle of a failover.
     return isinstance(
         error,
         (
@@ -223,5 +225,8 @@ def passes(error: BaseException) -> bool:
         ),
     ) or (
         isinstance(error, DBAPIError)
-        and (error.connection_invalidated or isinstance(error, (InterfaceError, OperationalError)))
+        and (
+            error.connection_invalidated
+            or isinstance(error, (InterfaceError, InternalError, OperationalError))
+        )
     )

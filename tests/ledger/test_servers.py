@@ -53,6 +53,23 @@ async def test_a_server_that_is_silent_is_not_waited_for(
         assert time.monotonic() - began < engines.CONNECT_WITHIN_S - NEXT_AFTER_S
 
 
+async def test_servers_none_of_which_takes_writes_are_an_outage(database_url: str) -> None:
+    """In the middle of a failover: to take it for a claim that no statement can hold buried the claim."""
+    database = urlsplit(database_url).path.removeprefix("/")
+    with nobody() as port:
+        assert await one(among(database_url, port)) == 1
+        admin = await asyncpg.connect(database_url)
+        await admin.execute(f'ALTER DATABASE "{database}" SET default_transaction_read_only = on')
+        try:
+            with pytest.raises(Exception, match="None of the hosts match") as told:
+                await one(among(database_url, port))
+        finally:
+            await admin.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE")
+            await admin.execute(f'ALTER DATABASE "{database}" RESET default_transaction_read_only')
+            await admin.close()
+    assert engines.passes(told.value)
+
+
 async def test_why_no_server_will_do_is_told(database_url: str) -> None:
     with nobody() as port:
         wrong = among(database_url, port).replace(urlsplit(database_url).password or "", "wrong")
