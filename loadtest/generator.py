@@ -16,6 +16,7 @@ import asyncio
 import select
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def answer_bytes(data: bytes) -> int:
     return end + 4 + int(data[at + 14 : data.find(b"\r", at)])
 
 
-class _Run:
+class _Run(ABC):
     def __init__(self, requests: Iterator[bytes], keep_bodies: bool) -> None:
         self.requests = requests
         self.result = Result()
@@ -201,8 +202,9 @@ class _Run:
         int(data[9:12])
         return self.tallies.setdefault(data[:12], _Tally())
 
+    @abstractmethod
     def next(self, line: _Line, now: float) -> None:
-        raise NotImplementedError
+        """This connection has had its answer: what it does now."""
 
     def counts(self) -> Counter[int]:
         """Answers so far, by status."""
@@ -236,8 +238,9 @@ class _Run:
             result.by_status[int(first[9:])] = [1000 * one for one in tally.waited_s]
             result.bodies[int(first[9:])] = tally.last.partition(b"\r\n\r\n")[2]
 
+    @abstractmethod
     def run(self) -> None:
-        raise NotImplementedError
+        """Send and read until all is sent and answered."""
 
 
 class _Closed(_Run):

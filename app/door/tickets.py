@@ -26,7 +26,7 @@ from app.door.address import address_of, networks
 from app.door.respond import door_of, headers_of, respond
 from app.door.shapes import NothingToWaitFor, PayIn, TicketOut
 from app.problems import JsonRoute, refusals, refuse, request_id_of
-from app.purchase.accept import Answer, Door, JoinIn, settled
+from app.purchase.accept import TICKET_HEADERS, Answer, Door, JoinIn, settled
 from app.purchase.follow import EventStreams, Follower
 from app.purchase.track import Seen, Told, stale
 from app.sale.view import ItemView, SaleView
@@ -36,7 +36,6 @@ from app.tokens import Ticket
 router = APIRouter(route_class=JsonRoute, tags=["tickets"])
 
 ASK_REPEAT_MS = 15_000  # a leave or pay request that is younger is taken to be under way at the worker
-_HEADERS = ((b"content-type", b"application/json"), (b"cache-control", b"no-store"))
 
 
 @router.post(
@@ -127,7 +126,7 @@ async def leave(request: Request, ticket: str) -> Response:
     if mine.epoch != view.epoch:
         told = door.tracker.told_from_snapshot(token, mine, view, item)
         assert told is not None  # another epoch needs no look
-        return respond(request, Answer.of(200, _HEADERS, told.body))
+        return respond(request, Answer.of(200, TICKET_HEADERS, told.body))
     reply = await door.scripts.line_leave(sale=view.id, epoch=view.epoch, sku=item.sku, seq=mine.seq)
     match reply:
         case Old() | Gone():
@@ -136,7 +135,7 @@ async def leave(request: Request, ticket: str) -> Response:
             item.left.add(mine.seq)  # at once here; other front doors read it within a tick
             door.counts["leave", "left"] += 1
             told = door.tracker.told_left(token, mine, view, item)
-            return respond(request, Answer.of(200, _HEADERS, told.body))
+            return respond(request, Answer.of(200, TICKET_HEADERS, told.body))
         case NotWaiting(byte):
             if byte == b"p":
                 raise refuse("already_paid")
@@ -144,7 +143,7 @@ async def leave(request: Request, ticket: str) -> Response:
                 return await _ask_to_leave(request, door, token, mine, view, item, caller)
     seen = await _seen(door, view, item, mine)
     told = door.tracker.told_from_redis(token, mine, view, item, seen, True)
-    return respond(request, Answer.of(200, _HEADERS, told.body))
+    return respond(request, Answer.of(200, TICKET_HEADERS, told.body))
 
 
 async def _ask_to_leave(
@@ -168,7 +167,7 @@ async def _ask_to_leave(
             pass  # it has ended in the meantime
     seen = await _seen(door, view, item, ticket)
     told = door.tracker.told_from_redis(token, ticket, view, item, seen, True)
-    return respond(request, Answer.of(202 if seen.byte in (b"c", b"r") else 200, _HEADERS, told.body))
+    return respond(request, Answer.of(202 if seen.byte in (b"c", b"r") else 200, TICKET_HEADERS, told.body))
 
 
 @router.post(
@@ -205,11 +204,11 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
     if under_way is not None or payment.state == "starting":
         if (under_way or payment.channel) != wish.channel:
             raise refuse("payment_in_progress")
-        return respond(request, Answer.of(202, _HEADERS, told.body))  # the same wish again
+        return respond(request, Answer.of(202, TICKET_HEADERS, told.body))  # the same wish again
     if payment.state in ("unknown", "paid"):
         raise refuse("payment_in_progress")
     if payment.state == "ready" and payment.channel == wish.channel and not _over(payment.expires_at, door):
-        return respond(request, Answer.of(202, _HEADERS, told.body))
+        return respond(request, Answer.of(202, TICKET_HEADERS, told.body))
     arg = _arg(wish, _sealed_payer(request, wish, view, caller), _sealed_address(request, view, caller))
     asked = await door.scripts.ask_put(
         sale=view.id, epoch=view.epoch, sku=item.sku, seq=mine.seq, buyer_id=caller.buyer_id, kind="pay",
@@ -226,7 +225,7 @@ async def pay(request: Request, ticket: str, wish: PayIn) -> Response:
             door.counts["pay", "asked"] += 1
     seen = await _seen(door, view, item, mine)
     told = door.tracker.told_from_redis(token, mine, view, item, seen, True)
-    return respond(request, Answer.of(202, _HEADERS, told.body))
+    return respond(request, Answer.of(202, TICKET_HEADERS, told.body))
 
 
 def _arg(wish: PayIn, payer: dict[str, str] | None, address: str | None) -> str:

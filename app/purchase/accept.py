@@ -107,9 +107,9 @@ async def settled(ask: Callable[[Tell], Answer | Later | None]) -> Answer:
     return given
 
 
-_TICKET_HEADERS = (_JSON, _NO_STORE)
-_TICKET_HEAD = head_of(200, _TICKET_HEADERS)
-_NEW_TICKET_HEAD = head_of(202, _TICKET_HEADERS)
+TICKET_HEADERS = (_JSON, _NO_STORE)
+_TICKET_HEAD = head_of(200, TICKET_HEADERS)
+_NEW_TICKET_HEAD = head_of(202, TICKET_HEADERS)
 _SOLD_OUT = Answer(_TICKET_HEAD, b'{"ticket":null,"state":"sold_out"}')
 
 
