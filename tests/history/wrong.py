@@ -109,22 +109,21 @@ def stock_is_lost(lines: list[Line], dice: Dice) -> list[Line]:
     return change(lines, item(lines), left=None)
 
 
-def two_outcomes(lines: list[Line], dice: Dice) -> list[Line]:
-    order = pick(lines, Order, dice)
-    refused = Refused(
-        order_no=order.order_no, sku=SKU, buyer=order.buyer, epoch=1, seq=order.seq, units=1, reason="live_order",
-        returned=True,
+def refusal(order: Order, reason: str, *, returned: bool) -> Refused:
+    """The claim of this order, refused."""
+    return Refused(
+        order_no=order.order_no, sku=SKU, buyer=order.buyer, epoch=1, seq=order.seq, units=1, reason=reason,
+        returned=returned,
     )  # fmt: skip
-    return [*lines, refused]
+
+
+def two_outcomes(lines: list[Line], dice: Dice) -> list[Line]:
+    return [*lines, refusal(pick(lines, Order, dice), "live_order", returned=True)]
 
 
 def refused_for_lack(lines: list[Line], dice: Dice) -> list[Line]:
     order = pick(lines, Order, dice)
-    refused = Refused(
-        order_no=order.order_no, sku=SKU, buyer=order.buyer, epoch=1, seq=order.seq, units=1, reason="no_stock",
-        returned=False,
-    )  # fmt: skip
-    return [*without(lines, order), refused]
+    return [*without(lines, order), refusal(order, "no_stock", returned=False)]
 
 
 def entry_lost(lines: list[Line], dice: Dice) -> list[Line]:
@@ -347,11 +346,8 @@ def claimed_and_forgotten(lines: list[Line], dice: Dice) -> list[Line]:
 
 def claimed_twice(lines: list[Line], dice: Dice) -> list[Line]:
     order = pick(lines, Order, dice)
-    refused = Refused(
-        order_no=order.order_no + "B", sku=SKU, buyer=order.buyer, epoch=1, seq=order.seq, units=1,
-        reason="ticket_taken", returned=True,
-    )  # fmt: skip
-    return [*lines, refused]
+    refused = refusal(order, "ticket_taken", returned=True)
+    return [*lines, msgspec.structs.replace(refused, order_no=order.order_no + "B")]
 
 
 def redis_says_it_waits(lines: list[Line], dice: Dice) -> list[Line]:

@@ -63,13 +63,29 @@ async def bring_back(shop: Shop, kept: list[tuple[bytes, bytes]]) -> None:
         assert reply == b"OK", reply
 
 
-def note(said: list[str], word: str) -> Callable[[Any], Awaitable[None]]:
-    """A decision about late money that is only written down."""
+async def cancelled(shop: Shop) -> Any:
+    """The order of ann, who had the only unit until an operator cancelled it."""
+    await shop.publish(1)
+    await shop.claim("ann")
+    await shop.confirm()
+    (ann,) = await shop.orders()
+    async with shop.engine.begin() as conn:
+        await orders.cancel(conn, ann["order_no"], "operator")
+    return ann
 
-    async def noted(_: Any) -> None:
-        said.append(word)
 
-    return noted
+async def late_money_is_refused(shop: Shop, order_no: str) -> None:
+    """Late money for the order is decided about once, and goes back."""
+    said: list[str] = []
+
+    def note(word: str) -> Callable[[Any], Awaitable[None]]:
+        async def noted(_: Any) -> None:
+            said.append(word)
+
+        return noted
+
+    assert await shop.releaser.settle_late(order_no, kept=note("kept"), refused=note("refused")) == "refused"
+    assert said == ["refused"]
 
 
 async def told_as_it_is(shop: Shop) -> None:
@@ -332,22 +348,9 @@ async def test_an_order_that_ends_during_the_rebuild_gives_its_unit_back_once(
 
 
 async def test_late_money_of_the_epoch_before_is_refused_not_given_a_unit_twice(shop: Shop) -> None:
-    await shop.publish(1)
-    await shop.claim("ann")
-    await shop.confirm()
-    (ann,) = await shop.orders()
-    async with shop.engine.begin() as conn:
-        await orders.cancel(conn, ann["order_no"], "operator")
+    ann = await cancelled(shop)
     await anew(shop)
-    said: list[str] = []
-
-    assert (
-        await shop.releaser.settle_late(
-            ann["order_no"], kept=note(said, "kept"), refused=note(said, "refused")
-        )
-        == "refused"
-    )
-    assert said == ["refused"]
+    await late_money_is_refused(shop, ann["order_no"])
     await shop.claim("bob")
     await shop.confirm()
     await shop.conserved()
@@ -531,12 +534,7 @@ async def test_the_command_reports_what_it_did_and_why_it_did_not(
 async def test_late_money_that_took_its_unit_again_just_before_the_rebuild_goes_back(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await shop.publish(1)
-    await shop.claim("ann")
-    await shop.confirm()
-    (ann,) = await shop.orders()
-    async with shop.engine.begin() as conn:
-        await orders.cancel(conn, ann["order_no"], "operator")
+    ann = await cancelled(shop)
     await shop.relay()
     real = shop.scripts.units_retake
 
@@ -546,15 +544,7 @@ async def test_late_money_that_took_its_unit_again_just_before_the_rebuild_goes_
         return answer
 
     monkeypatch.setattr(shop.scripts, "units_retake", taken)
-    said: list[str] = []
-
-    assert (
-        await shop.releaser.settle_late(
-            ann["order_no"], kept=note(said, "kept"), refused=note(said, "refused")
-        )
-        == "refused"
-    )
-    assert said == ["refused"]
+    await late_money_is_refused(shop, ann["order_no"])
     await shop.claim("bob")
     await shop.confirm()
     await shop.relay()
